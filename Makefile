@@ -1,0 +1,58 @@
+# infl_cache: everything runs from here. `make` alone prints what there is.
+# With no TASK the stages run the built-in demo (scikit-learn's handwritten digits).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TASK ?= scripts/digits.py:digits
+RUN ?= runs/digits
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help grads stest influence status report export test check bench clean
+
+help: ## print this
+	@echo "usage: make TARGET [TASK=file.py:function] [RUN=folder] [ARGS='--damping 0.1 ...']"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "With no TASK: the built-in demo. 'make influence' alone sets everything up and shows its rankings."
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or later, found " + sys.version.split()[0] + "; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@
+
+grads: $(STAMP) ## stage 1: the gradient of every training sample into RUN/grad_z.zarr
+	$(BIN)/infl-cache grads --task $(TASK) --run $(RUN) $(ARGS)
+
+stest: $(STAMP) ## stage 2: s_test of every test sample into RUN/s_test.zarr
+	$(BIN)/infl-cache stest --task $(TASK) --run $(RUN) $(ARGS)
+
+influence: $(STAMP) ## all that is missing of stages 1 and 2, then stage 3 and a short report
+	$(BIN)/infl-cache run --task $(TASK) --run $(RUN) $(ARGS)
+
+status: $(STAMP) ## what is done, what is left, sizes, rates
+	$(BIN)/infl-cache status $(RUN)
+
+report: $(STAMP) ## the strongest training samples of some test samples: a table and a picture
+	$(BIN)/infl-cache report $(RUN) --task $(TASK) $(ARGS)
+
+export: $(STAMP) ## the finished matrix as json or csv: ARGS='--format csv --out FILE'
+	$(BIN)/infl-cache export $(RUN) $(ARGS)
+
+test: $(STAMP) ## all tests (under 5 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: ## the benchmarks
+	@echo "make bench: the benchmarks are not written yet" >&2; exit 2
+
+clean: ## remove the environment and the demo's run, never another RUN
+	rm -rf $(VENV) *.egg-info runs/digits

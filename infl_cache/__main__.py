@@ -1,0 +1,215 @@
+"""The command line: options in, one of the stages out, errors as one or two lines and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+
+from infl_cache import __version__
+from infl_cache.config import SECTIONS, option_fields, read_config_file
+from infl_cache.disk.run import RunFolder
+from infl_cache.errors import BadInput, InflCacheError, Interrupted
+from infl_cache.maths.task import Task, load_task
+from infl_cache.pipeline import STAGES, Run
+from infl_cache.progress import human_bytes, human_seconds
+from infl_cache.stages.export import FORMATS, export
+from infl_cache.stages.opening import StageResult
+from infl_cache.stages.report import report
+from infl_cache.stages.status import status
+
+HELP = {
+    "grads": "stage 1: the gradient of every training sample into RUN/grad_z.zarr",
+    "stest": "stage 2: s_test of every test sample into RUN/s_test.zarr",
+    "influence": "stage 3: the influence matrix RUN/influence.npy and the rankings",
+    "run": "the three stages in order, then a short report",
+    "status": "what is done, what is left, sizes, rates (also while a run is going on)",
+    "export": "the finished matrix as json (structure of pytorch_influence_functions) or csv",
+    "report": "the most helpful and harmful training samples of some test samples, as a table and a picture",
+}
+EPILOG = """examples:
+  infl-cache run --task scripts/digits.py:digits --run runs/digits
+  infl-cache grads --task task.py:cifar --run runs/cifar --device cuda --memory 8GB
+  infl-cache stest --task task.py:cifar --run runs/cifar --damping 0.1 --force
+  infl-cache run --config runs/cifar/run.yaml
+  infl-cache status runs/cifar
+  infl-cache export runs/cifar --format csv --out influence.csv
+
+A stage that was stopped is carried on by the same command. Negative influence = helpful.
+exit codes: 0 done, 2 bad input, 3 the run belongs to another task or configuration, 4 corrupt or incomplete
+store, 5 disk full, 6 locked by another process, 130/143 interrupted and resumable"""
+
+
+def entry() -> None:
+    """The console script `infl-cache`."""
+    sys.exit(main())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code. Errors go to stderr, results to stdout."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    logging.basicConfig(format="note: %(message)s", level=logging.WARNING)
+    try:
+        given = parser().parse_args([each for each in arguments if each != "--debug"])
+        command: Callable[[Namespace], None] = COMMANDS[given.command]
+        command(given[given.command])
+    except Interrupted as error:
+        print(f"infl-cache: {error}\ncarry on with: infl-cache {shlex.join(arguments)}", file=sys.stderr)
+        return error.exit_code
+    except InflCacheError as error:
+        return _failed(error, error.exit_code, debug)
+    except argparse.ArgumentError as error:
+        return _failed(BadInput(" ".join(str(error.message).split())), BadInput.exit_code, debug)
+    except KeyboardInterrupt:
+        print(f"infl-cache: stopped at once\ncarry on with: infl-cache {shlex.join(arguments)}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        return _failed(error, 1, debug, f"unexpected {type(error).__name__}: {error}; --debug shows where")
+    return 0
+
+
+def _failed(error: Exception, code: int, debug: bool, text: str | None = None) -> int:
+    if debug:
+        logging.getLogger("infl_cache").error("traceback", exc_info=error)
+    print(f"infl-cache: {text or error}", file=sys.stderr)
+    return code
+
+
+def parser() -> ArgumentParser:
+    """The whole command line."""
+    top = ArgumentParser(
+        prog="infl-cache",
+        description="Which training samples made my PyTorch model say this? Influence functions, cached on disk.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+        version=__version__,
+    )
+    commands = top.add_subcommands(dest="command", metavar="COMMAND")
+    for name in (*STAGES, "run"):
+        commands.add_subcommand(name, _stage_parser(name), help=HELP[name])
+    for name in ("status", "export", "report"):
+        commands.add_subcommand(name, _reader_parser(name), help=HELP[name])
+    return top
+
+
+def _stage_parser(name: str) -> ArgumentParser:
+    """Options of a stage: all stages take all of them, so that one file serves every stage."""
+    made = _plain_parser(name, "--task TASK --run RUN [options]")
+    made.add_argument("--task", type=str | None, help="path/to/file.py:function or package.module:function")
+    made.add_argument("--run", type=str | None, help="the run folder; made if missing")
+    made.add_argument(
+        "--task-args", type=dict[str, Any] | None, help="arguments of the function: --task-args.NAME VALUE"
+    )
+    made.add_argument("--config", type=str | None, help="a YAML or TOML file of options, e.g. RUN/run.yaml")
+    made.add_argument("--force", action="store_true", help="start this stage, and what hangs on it, over")
+    made.add_argument("--debug", action="store_true", help="show tracebacks")
+    hints = {section: get_type_hints(kind) for section, kind in SECTIONS.items()}
+    groups = {
+        section: made.add_argument_group((kind.__doc__ or "").split(".")[0]) for section, kind in SECTIONS.items()
+    }
+    for option, section, field in option_fields():
+        flag, hint = "--" + option.replace("_", "-"), hints[section][option]
+        text = (
+            f"{field.metadata['help']} (default: {field.default})"
+            if field.default is not None
+            else field.metadata["help"]
+        )
+        if hint is bool:
+            groups[section].add_argument(flag, action=ActionYesNo(no_prefix="no-"), default=None, help=text)
+        else:
+            kind = str if option == "memory" else hint
+            groups[section].add_argument(flag, type=kind | None, default=None, help=text)
+    return made
+
+
+def _reader_parser(name: str) -> ArgumentParser:
+    """Commands that only read a run folder."""
+    made = _plain_parser(name, "RUN [options]")
+    made.add_argument("run", type=str, help="the run folder")
+    if name == "export":
+        made.add_argument("--format", type=str, default="json", help=f"one of {', '.join(FORMATS)} (default: json)")
+        made.add_argument("--out", type=str | None, help="the file to write (default: RUN/export/influence.FORMAT)")
+        made.add_argument("--top-k", type=int | None, help="length of the rankings (default: all in json, 100 in csv)")
+    if name == "report":
+        made.add_argument("--task", type=str | None, help="the task, to draw its samples: path/to/file.py:function")
+        made.add_argument("--task-args", type=dict[str, Any] | None, help="arguments of the function")
+    made.add_argument("--debug", action="store_true", help="show tracebacks")
+    return made
+
+
+def _plain_parser(name: str, usage: str) -> ArgumentParser:
+    return ArgumentParser(
+        usage=f"infl-cache {name} {usage}",
+        description=HELP[name],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+    )
+
+
+def _run_stages(names: Sequence[str], given: Namespace) -> None:
+    """The named stages, with options from defaults, then RUN/run.yaml, then --config, then the command line."""
+    own = {key: value for key, value in vars(given).items() if value is not None}
+    config = read_config_file(Path(own["config"])) if "config" in own else {}
+    merged = {**config, **own}
+    for name in ("task", "run"):
+        if not isinstance(merged.get(name), str):
+            raise BadInput(f"{name}: expected --{name} on the command line or {name}: in --config, found none")
+    reference = {"task": merged.pop("task"), "task_args": merged.pop("task_args", None) or {}}
+    if not isinstance(reference["task_args"], dict):
+        raise BadInput(f"task-args: expected a mapping, found {reference['task_args']!r}")
+    force, path = bool(merged.pop("force", False)), merged.pop("run")
+    for name in ("config", "debug"):
+        merged.pop(name, None)
+    run = Run(path, load_task(**_as_call(reference)), **merged)
+    run.reference = reference
+    for name in names:
+        print(_result_line(getattr(run, name)(force)), flush=True)
+    if list(names) == list(STAGES):
+        print("\n" + report(RunFolder(run.path), run.task))
+
+
+def _as_call(reference: dict[str, Any]) -> dict[str, Any]:
+    return {"reference": reference["task"], "arguments": reference["task_args"]}
+
+
+def _result_line(result: StageResult) -> str:
+    done = "nothing left to do" if not result.computed else f"{result.computed:,} of {result.rows:,} rows computed"
+    return f"{result.stage:10s} {done}, {human_bytes(result.n_bytes)} on disk, {human_seconds(result.seconds)}"
+
+
+def _status(given: Namespace) -> None:
+    print(status(RunFolder(Path(given.run))))
+
+
+def _export(given: Namespace) -> None:
+    out = Path(given.out) if given.out else None
+    print(export(RunFolder(Path(given.run)), given.format, out, given["top_k"]))
+
+
+def _report(given: Namespace) -> None:
+    task: Task | None = load_task(given.task, given["task_args"] or {}) if given.task else None
+    print(report(RunFolder(Path(given.run)), task))
+
+
+COMMANDS: dict[str, Callable[[Namespace], None]] = {
+    **{name: (lambda given, name=name: _run_stages([name], given)) for name in STAGES},  # type: ignore[misc]
+    "run": lambda given: _run_stages(list(STAGES), given),
+    "status": _status,
+    "export": _export,
+    "report": _report,
+}
+
+
+if __name__ == "__main__":
+    entry()

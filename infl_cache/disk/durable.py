@@ -1,0 +1,53 @@
+"""Files that are on the disk when we say so: fsync of data, of folders, and atomic replacement."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import google_crc32c
+
+
+def sync_file(path: Path) -> None:
+    """Return once the content of `path` is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folders(folders: Iterable[Path]) -> None:
+    """Return once the names in each folder are on the disk."""
+    for folder in sorted(set(folders)):
+        sync_file(folder)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`: after a crash or power cut it holds either the old or the new content."""
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_file(path.parent)
+
+
+def crc32c_of_file(path: Path, piece: int = 1 << 22) -> int:
+    """CRC-32C (Castagnoli) of the whole file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while data := file.read(piece):
+            crc = google_crc32c.extend(crc, data)
+    return crc
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli) of `data`.
+
+    >>> hex(crc32c(b"123456789"))
+    '0xe3069283'
+    """
+    return int(google_crc32c.value(data))

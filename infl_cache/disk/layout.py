@@ -1,0 +1,128 @@
+"""All index arithmetic, on plain integers: rows into blocks, blocks into chunk files, budgets into sizes.
+
+Contracts: the blocks of `n_rows` index every row exactly once; a chunk file never holds rows of two blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+CHUNK_BYTES = 16 * 2**20
+BLOCK_BYTES = 64 * 2**20
+MAX_BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows `start <= row < stop`: the unit of work, of write and of commit."""
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array of a store: `n_rows` rows of `row_shape`, cut into chunks of `chunk_rows` rows."""
+
+    path: str
+    n_rows: int
+    row_shape: tuple[int, ...]
+    dtype: str
+    chunk_rows: int
+    chunk_row_shape: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole array."""
+        return (self.n_rows, *self.row_shape)
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Shape of one chunk."""
+        return (self.chunk_rows, *self.chunk_row_shape)
+
+
+def blocks(n_rows: int, block_rows: int) -> tuple[Block, ...]:
+    """`n_rows` rows cut into blocks of `block_rows`, the last one shorter.
+
+    >>> [(b.start, b.stop) for b in blocks(10, 4)]
+    [(0, 4), (4, 8), (8, 10)]
+    """
+    return tuple(
+        Block(index, start, min(start + block_rows, n_rows)) for index, start in enumerate(range(0, n_rows, block_rows))
+    )
+
+
+def choose_block_rows(n_rows: int, row_bytes: int, budget: int) -> int:
+    """Rows a block: a power of two near `BLOCK_BYTES`, within `budget` bytes, at most `MAX_BLOCK_ROWS`.
+
+    >>> choose_block_rows(n_rows=60_000, row_bytes=10_000, budget=2**30)
+    4096
+    >>> choose_block_rows(n_rows=60_000, row_bytes=2_000_000, budget=2**30)
+    32
+    """
+    fitting = max(1, min(BLOCK_BYTES, budget) // max(1, row_bytes))
+    return min(1 << (fitting.bit_length() - 1), MAX_BLOCK_ROWS, max(1, n_rows))
+
+
+def array_layout(path: str, n_rows: int, row_shape: tuple[int, ...], dtype: str, block_rows: int) -> ArrayLayout:
+    """Chunks of at most `CHUNK_BYTES`: as many rows of the block as fit, else one row cut along its first axis.
+
+    >>> array_layout("dense", 1000, (500_000,), "float32", 64).chunks
+    (8, 500000)
+    >>> array_layout("loss", 1000, (), "float32", 64).chunks
+    (64,)
+    """
+    itemsize = np.dtype(dtype).itemsize
+    row_bytes = itemsize * math.prod(row_shape)
+    divisors = [d for d in range(1, block_rows + 1) if block_rows % d == 0]
+    rows = max((d for d in divisors if d * row_bytes <= CHUNK_BYTES), default=1)
+    chunk_row = list(row_shape)
+    for axis in range(len(chunk_row)):
+        while math.prod(chunk_row) * itemsize * rows > CHUNK_BYTES and chunk_row[axis] > 1:
+            chunk_row[axis] = -(-chunk_row[axis] // 2)
+    return ArrayLayout(path, n_rows, tuple(row_shape), dtype, rows, tuple(chunk_row))
+
+
+def chunk_keys(layout: ArrayLayout, block: Block) -> list[str]:
+    """The names of exactly the chunk files that hold the rows of `block`.
+
+    >>> chunk_keys(array_layout("x", 10, (3,), "float32", 4), Block(1, 4, 8))
+    ['c.1.0']
+    """
+    rows = range(block.start // layout.chunk_rows, -(-block.stop // layout.chunk_rows))
+    columns = [range(-(-size // chunk)) for size, chunk in zip(layout.row_shape, layout.chunk_row_shape, strict=True)]
+    return ["c." + ".".join(map(str, index)) for index in itertools.product(rows, *columns)]
+
+
+def rows_by_block(rows: list[int], block_rows: int) -> dict[int, list[int]]:
+    """Positions in `rows` grouped by the block that holds the row.
+
+    >>> rows_by_block([5, 0, 6], 4)
+    {1: [0, 2], 0: [1]}
+    """
+    groups: dict[int, list[int]] = {}
+    for position, row in enumerate(rows):
+        groups.setdefault(row // block_rows, []).append(position)
+    return groups
+
+
+def spread(n: int, count: int) -> list[int]:
+    """At most `count` different indices below `n`, evenly spread, first and last included.
+
+    >>> spread(100, 4), spread(3, 8)
+    ([0, 33, 66, 99], [0, 1, 2])
+    """
+    if n <= count:
+        return list(range(n))
+    return [i * (n - 1) // (count - 1) for i in range(count)] if count > 1 else [0]

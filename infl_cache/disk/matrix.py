@@ -1,0 +1,78 @@
+"""`influence.npy`: a plain float32 NumPy file, written tile by tile without ever being mapped.
+
+Mapped pages would count as memory of this process; `pwrite` leaves them to the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infl_cache.disk.durable import sync_file
+from infl_cache.errors import DamagedStore
+
+Floats = NDArray[np.float32]
+
+
+class MatrixFile:
+    """An open `.npy` file of float32 `shape`, rows by columns in C order."""
+
+    def __init__(self, path: Path, writable: bool = False) -> None:
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                version = np.lib.format.read_magic(file)
+                reader = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
+                shape, fortran, dtype = reader(file)
+                self._offset = file.tell()
+        except (OSError, ValueError) as error:
+            raise DamagedStore(f"{path}: expected a NumPy file, found something else ({error})") from error
+        if dtype != np.float32 or fortran or len(shape) != 2:
+            raise DamagedStore(f"{path}: expected float32 rows in two axes, found {dtype} of shape {shape}")
+        expected = self._offset + 4 * shape[0] * shape[1]
+        if path.stat().st_size != expected:
+            raise DamagedStore(f"{path}: expected {expected} bytes, found {path.stat().st_size}")
+        self.shape: tuple[int, int] = (int(shape[0]), int(shape[1]))
+        self._descriptor = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+
+    def write(self, start: int, column: int, values: Floats) -> None:
+        """Put `values` at row `start`, column `column`."""
+        for row, line in enumerate(np.ascontiguousarray(values, np.float32)):
+            os.pwrite(self._descriptor, line.tobytes(), self._place(start + row, column))
+
+    def read(self, start: int, stop: int, column: int = 0, columns: int | None = None) -> Floats:
+        """Rows `start` to `stop - 1`, `columns` of them from `column` on."""
+        columns = self.shape[1] - column if columns is None else columns
+        values = np.empty((stop - start, columns), np.float32)
+        for row in range(stop - start):
+            data = os.pread(self._descriptor, 4 * columns, self._place(start + row, column))
+            if len(data) != 4 * columns:
+                raise DamagedStore(f"{self.path}: row {start + row} ends early")
+            values[row] = np.frombuffer(data, np.float32)
+        return values
+
+    def sync(self) -> None:
+        """Return once everything written is on the disk."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def _place(self, row: int, column: int) -> int:
+        return self._offset + 4 * (row * self.shape[1] + column)
+
+
+def create_matrix(path: Path, shape: tuple[int, int]) -> None:
+    """An empty float32 matrix of `shape` on the disk; its tiles are worth nothing until the ledger names them."""
+    with open(path, "wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 4 * shape[0] * shape[1])
+    sync_file(path)
+    sync_file(path.parent)

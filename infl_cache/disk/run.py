@@ -1,0 +1,273 @@
+"""The run folder: manifest, ledger and lock together, and the order in which a block becomes a fact."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infl_cache.disk.codecs import Codec
+from infl_cache.disk.durable import write_atomically
+from infl_cache.disk.layout import ArrayLayout, Block, blocks
+from infl_cache.disk.ledger import BlockRecord, FileRecord, Ledger
+from infl_cache.disk.lock import only_writer
+from infl_cache.disk.manifest import Identity, Manifest, differences, fingerprint
+from infl_cache.disk.store import Array, Store, create_store, record_of_chunk, record_of_file
+from infl_cache.errors import BadInput, DamagedStore, DiskFull, ForeignRun, IncompleteStore
+
+# What a stage leaves in the run folder, and which stages hang on it.
+OUTPUTS = {
+    "grads": ("grad_z.zarr",),
+    "stest": ("s_test.zarr",),
+    "influence": ("influence.npy", "influence.partial.npy"),
+    "rankings": ("rankings.npz",),
+}
+CHILDREN = {
+    "grads": ("influence", "rankings"),
+    "stest": ("influence", "rankings"),
+    "influence": ("rankings",),
+    "rankings": (),
+}
+
+
+class RunFolder:
+    """One folder RUN: `manifest.json`, `ledger.sqlite`, `run.yaml` and the stores."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = Manifest.read(path / "manifest.json")
+        self._ledger: Ledger | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether anything was ever written here."""
+        return (self.path / "manifest.json").exists()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """The only way to change the folder: made if missing, locked, its manifest read afresh."""
+        if self.path.exists() and not self.exists and any(p.name[:5] != ".lock" for p in self.path.iterdir()):
+            raise BadInput(
+                f"{self.path}: expected a run folder or an empty one, found other files; choose another --run"
+            )
+        with disk_full_is_said(self.path):
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError, PermissionError) as error:
+                raise BadInput(f"{self.path}: cannot be a run folder: {error.strerror}") from error
+            with only_writer(self.path):
+                self.manifest = Manifest.read(self.path / "manifest.json")
+                self._ledger = Ledger(self.path / "ledger.sqlite")
+                try:
+                    yield
+                finally:
+                    self._ledger.close()
+                    self._ledger = None
+
+    def check(self, stage: str, task: Identity, identity: Identity) -> None:
+        """Raise `ForeignRun` with every differing field unless the folder was made from these identities."""
+        found = differences(self.manifest.task or task, task)
+        if stage in self.manifest.stages:
+            found += differences(self.manifest.stages[stage]["identity"], identity)
+        if found:
+            raise ForeignRun(
+                f"{self.path} belongs to another task or configuration: {'; '.join(found)}."
+                f" Use another --run, or start this stage over with --force"
+            )
+
+    def claim(self, stage: str, task: Identity, identity: Identity, force: bool) -> dict[str, Any] | None:
+        """The plan of `stage` as it was begun, or None if it has yet to begin.
+
+        With `force`, what the stage and its children have done is removed first; so is everything
+        if the task itself is another one.
+        """
+        if force:
+            foreign = bool(differences(self.manifest.task or task, task))
+            self.drop(OUTPUTS if foreign else (stage, *CHILDREN[stage]))
+            self.manifest.task = task
+        self.check(stage, task, identity)
+        entry = self.manifest.stages.get(stage)
+        return None if entry is None else entry["plan"]
+
+    def begin(self, stage: str, task: Identity, identity: Identity, plan: dict[str, Any]) -> None:
+        """Write down what `stage` will be computed from and how its files are cut, before any of them."""
+        self.drop((stage,))
+        self.manifest.task = task
+        self.manifest.stages[stage] = {"identity": identity, "fingerprint": fingerprint(identity), "plan": plan}
+        self._write_manifest()
+
+    def begin_store(
+        self, stage: str, task: Identity, identity: Identity, plan: dict[str, Any],
+        layouts: Iterable[ArrayLayout], codec: Codec,
+    ) -> None:  # fmt: skip
+        """`begin`, for a stage whose output is a zarr store."""
+        layouts = tuple(layouts)
+        self.drop((stage,))
+        files = create_store(self.path / OUTPUTS[stage][0], layouts, codec)
+        self.manifest.task = task
+        stored = {
+            **plan,
+            "arrays": [dataclasses.asdict(layout) for layout in layouts],
+            "metadata": [dataclasses.asdict(file) for file in files],
+        }
+        self.manifest.stages[stage] = {"identity": identity, "fingerprint": fingerprint(identity), "plan": stored}
+        self._write_manifest()
+
+    def drop(self, stages: Iterable[str]) -> None:
+        """Forget stages and remove their files: first the claim, then the files, so a crash between lies not."""
+        present = [stage for stage in stages if stage in self.manifest.stages]
+        for stage in stages:
+            self._writable.clear(stage)
+            self.manifest.stages.pop(stage, None)
+        if present:
+            self._write_manifest()
+        for stage in stages:
+            for name in OUTPUTS[stage]:
+                target = self.path / name
+                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+
+    def store(self, stage: str, mode: str = "r") -> Store:
+        """The stage's zarr store, after its metadata files have been compared with the manifest."""
+        plan = self.plan(stage)
+        for each in plan["metadata"]:
+            self._check_file(FileRecord(**each), record_of_file)
+        return Store(self.path / OUTPUTS[stage][0], self.array_layouts(stage), mode)
+
+    def array_layouts(self, stage: str) -> tuple[ArrayLayout, ...]:
+        """The arrays of the stage's store as they were laid out."""
+        return tuple(
+            ArrayLayout(
+                str(each["path"]), int(each["n_rows"]), tuple(map(int, each["row_shape"])), str(each["dtype"]),
+                int(each["chunk_rows"]), tuple(map(int, each["chunk_row_shape"])),
+            )
+            for each in self.plan(stage)["arrays"]
+        )  # fmt: skip
+
+    def plan(self, stage: str) -> dict[str, Any]:
+        """The plan a stage was begun with; `IncompleteStore` if it was not."""
+        if stage not in self.manifest.stages:
+            raise IncompleteStore(
+                f"{self.path}: expected the stage {stage}, found it not begun; run infl-cache {stage}"
+            )
+        plan: dict[str, Any] = self.manifest.stages[stage]["plan"]
+        return plan
+
+    def fingerprint(self, stage: str) -> str:
+        """The fingerprint of a stage's identity, for the identity of the stages that hang on it."""
+        return str(self.manifest.stages[stage]["fingerprint"]) if stage in self.manifest.stages else "not begun"
+
+    def stage_blocks(self, stage: str) -> tuple[Block, ...]:
+        """All blocks of a stage, done or not."""
+        plan = self.plan(stage)
+        return blocks(plan["n_rows"], plan["block_rows"])
+
+    def records(self, stage: str) -> dict[int, BlockRecord]:
+        """What the ledger says of `stage`, by block, without a look at the files."""
+        if self._ledger is not None:
+            return self._ledger.done(stage)
+        if not (self.path / "ledger.sqlite").exists():
+            return {}
+        ledger = Ledger(self.path / "ledger.sqlite", read_only=True)
+        try:
+            return ledger.done(stage)
+        finally:
+            ledger.close()
+
+    def done(self, stage: str) -> dict[int, BlockRecord]:
+        """The blocks of `stage` that are done: in the ledger, and their files have that size and checksum."""
+        records = self.records(stage)
+        for record in records.values():
+            self.check_block(record)
+        return records
+
+    def check_block(self, record: BlockRecord) -> None:
+        """Raise `DamagedStore` that names file and rows unless the block's files are as committed."""
+        for file in record.files:
+            self._check_file(file, record_of_chunk, f" (rows {record.start} to {record.stop - 1})")
+
+    def require_complete(self, stage: str) -> dict[int, BlockRecord]:
+        """The records of a finished stage; `IncompleteStore` with the figures if it is not."""
+        total, records = self.stage_blocks(stage), self.records(stage)
+        if len(records) < len(total):
+            raise IncompleteStore(
+                f"{self.path}: expected {stage} to be finished, found {len(records)} of {len(total)} blocks;"
+                f" run infl-cache {stage} first"
+            )
+        return records
+
+    def commit(
+        self, stage: str, block: Block, files: Iterable[FileRecord], seconds: float, digest: str = "",
+        nonfinite: int = 0, bad_rows: Iterable[int] = (),
+    ) -> BlockRecord:  # fmt: skip
+        """Make a block whose files are already synced a fact."""
+        record = BlockRecord(
+            stage, block.index, block.start, block.stop, digest, nonfinite, tuple(bad_rows), seconds, time.time(),
+            tuple(files),
+        )  # fmt: skip
+        self._writable.commit(record)
+        return record
+
+    def write_run_yaml(self, resolved: Mapping[str, Any]) -> None:
+        """Keep the resolved configuration in a form that runs again as it is."""
+        head = "# Written by infl_cache. Runs again as it is: infl-cache run --config run.yaml\n"
+        write_atomically(self.path / "run.yaml", (head + yaml.safe_dump(dict(resolved), sort_keys=False)).encode())
+
+    def record_file(self, name: str) -> FileRecord:
+        """Size and checksum of a file of the folder."""
+        return record_of_file(self.path, self.path / name)
+
+    @property
+    def _writable(self) -> Ledger:
+        if self._ledger is None:
+            raise RuntimeError("the folder is changed only inside `with folder.writing()`")
+        return self._ledger
+
+    def _write_manifest(self) -> None:
+        self.manifest.write(self.path / "manifest.json")
+
+    def _check_file(self, expected: FileRecord, recorder: Any, rows: str = "") -> None:
+        file = self.path / expected.path
+        if ".." in Path(expected.path).parts or Path(expected.path).is_absolute():
+            raise DamagedStore(f"{self.path}: expected file names inside the folder, found {expected.path!r}")
+        try:
+            found = recorder(self.path, file)
+        except FileNotFoundError:
+            raise DamagedStore(
+                f"{file}{rows}: expected {expected.size} bytes, found no file; --force starts over"
+            ) from None
+        if found != expected:
+            raise DamagedStore(
+                f"{file}{rows}: expected {expected.size} bytes with checksum {expected.crc:08x},"
+                f" found {found.size} with {found.crc:08x}; restore the file, or --force starts the stage over"
+            )
+
+
+@contextmanager
+def disk_full_is_said(folder: Path) -> Iterator[None]:
+    """Turn "no space left" from any depth into `DiskFull`; what was committed stays good."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(folder if folder.exists() else os.curdir).free
+        raise DiskFull(
+            f"{folder}: the disk is full ({free:,} bytes free); make room and run the same command again,"
+            " what was committed is kept"
+        ) from error
+
+
+def array_bytes(records: Iterable[BlockRecord]) -> int:
+    """Bytes on disk of the committed blocks."""
+    return sum(file.size for record in records for file in record.files)
+
+
+__all__ = ["CHILDREN", "OUTPUTS", "Array", "RunFolder", "array_bytes", "disk_full_is_said"]

@@ -1,0 +1,110 @@
+"""Digests: what two samples, two models, two functions must share to count as the same."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def sample_digest(sample: Any) -> int:
+    """64 bits over everything in a sample: tensors, arrays, numbers, text, pictures, nested.
+
+    >>> sample_digest((torch.zeros(2), 1)) == sample_digest((torch.zeros(2), 1))
+    True
+    >>> sample_digest((torch.zeros(2), 1)) == sample_digest((torch.zeros(2), 2))
+    False
+    """
+    hasher = hashlib.blake2b(digest_size=8)
+    _feed(hasher, sample)
+    return int.from_bytes(hasher.digest(), "little")
+
+
+def digest_of(values: Iterable[Any]) -> str:
+    """A 128-bit digest over several values, as text."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for value in values:
+        _feed(hasher, value)
+    return hasher.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A digest over every parameter and buffer: name, type, shape and bits."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        hasher.update(name.encode())
+        if isinstance(tensor, Tensor):
+            _feed(hasher, tensor)
+    return hasher.hexdigest()
+
+
+def code_digest(function: Callable[..., Any] | None) -> str:
+    """What a function does, as far as its text tells: source, defaults, closed-over values; state of a module.
+
+    Two lambdas of the same text are the same; a function whose source is not at hand goes by its name.
+    """
+    if function is None:
+        return "default"
+    hasher = hashlib.blake2b(digest_size=16)
+    _feed_code(hasher, function)
+    return hasher.hexdigest()
+
+
+def _feed_code(hasher: Any, function: Any) -> None:
+    if isinstance(function, functools.partial):
+        _feed(hasher, (function.args, sorted(function.keywords.items())))
+        return _feed_code(hasher, function.func)
+    if isinstance(function, nn.Module):
+        hasher.update(weights_digest(function).encode() + repr(function).encode())
+        return _feed_code(hasher, type(function).forward)
+    function = inspect.unwrap(function)
+    try:
+        text = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        text = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    hasher.update(text.encode())
+    _feed(hasher, getattr(function, "__defaults__", None))
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:  # a closed-over name that is not bound yet
+            continue
+        if isinstance(value, (Tensor, np.ndarray, int, float, str, bool, tuple, list, dict)):
+            _feed(hasher, value)
+    return None
+
+
+def _feed(hasher: Any, value: Any) -> None:
+    """Add `value` to the digest with its type and shape, so that nothing runs into its neighbour."""
+    if isinstance(value, Tensor):
+        dense = value.detach().cpu().contiguous()
+        hasher.update(f"T{value.dtype}{tuple(value.shape)}".encode())
+        hasher.update(dense.reshape(-1).view(torch.uint8).numpy() if dense.numel() else b"")
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        hasher.update(f"A{value.dtype.str}{value.shape}".encode())
+        hasher.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8) if value.size else b"")
+    elif isinstance(value, (bool, int, float, complex, str, bytes, np.generic)) or value is None:
+        hasher.update(f"V{type(value).__name__}{value!r};".encode())
+    elif isinstance(value, Mapping):
+        hasher.update(f"M{len(value)}".encode())
+        for key in value:
+            _feed(hasher, key)
+            _feed(hasher, value[key])
+    elif isinstance(value, (list, tuple, np.ndarray)):
+        hasher.update(f"L{len(value)}".encode())
+        for each in value:
+            _feed(hasher, each)
+    elif hasattr(value, "__array__"):  # pictures and the like
+        _feed(hasher, np.asarray(value))
+    elif hasattr(value, "__dict__"):
+        hasher.update(f"O{type(value).__qualname__}".encode())
+        _feed(hasher, dict(sorted(vars(value).items())))
+    else:
+        hasher.update(repr(value).encode())

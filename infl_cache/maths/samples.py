@@ -1,0 +1,105 @@
+"""Samples by index: our own loader, never a shuffled one, with a digest of every sample it hands out."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from infl_cache.errors import BadInput
+from infl_cache.maths.digest import sample_digest
+
+Collate = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples `indices` of a dataset, collated; `digests` holds 64 bits of each sample as it was fetched."""
+
+    indices: Sequence[int]
+    data: Any
+    digests: NDArray[np.uint64]
+
+
+def fetch(dataset: Any, index: int, name: str) -> Any:
+    """Sample `index`; an exception of the dataset becomes `BadInput` with the index and its traceback."""
+    try:
+        return dataset[index]
+    except Exception as error:
+        raise BadInput(
+            f"{name}[{index}] raised {type(error).__name__}: {error}\n{traceback.format_exc(limit=-3).rstrip()}"
+        ) from error
+
+
+def batches(
+    dataset: Any, name: str, collate: Collate, groups: Iterable[Sequence[int]], device: torch.device, workers: int = 0
+) -> Iterator[Batch]:
+    """The batches whose indices are `groups`, in that order, on `device`; loaded by `workers` processes if asked."""
+    groups = list(groups)
+    source = _Groups(dataset, name, collate)
+    loaded: Iterable[Batch]
+    if workers == 0 or len(groups) < 2:
+        loaded = map(source.__getitem__, groups)
+    else:
+        loaded = DataLoader(
+            source, batch_size=None, sampler=groups, num_workers=min(workers, len(groups)), collate_fn=_same
+        )
+    for batch in loaded:
+        if isinstance(batch, BadInput):
+            raise batch
+        yield Batch(batch.indices, to_device(batch.data, device), batch.digests)
+
+
+class _Groups(TorchDataset[Any]):
+    """A dataset of whole batches, indexed by groups of sample indices."""
+
+    def __init__(self, dataset: Any, name: str, collate: Collate) -> None:
+        self.dataset, self.name, self.collate = dataset, name, collate
+
+    def __getitem__(self, group: Sequence[int]) -> Any:
+        try:
+            samples = [fetch(self.dataset, index, self.name) for index in group]
+            digests = np.array([sample_digest(sample) for sample in samples], np.uint64)
+            return Batch(group, _collated(self.collate, samples, self.name, group), digests)
+        except BadInput as error:  # worker processes cannot raise through torch's loader without losing the message
+            return BadInput(str(error))
+
+
+def _collated(collate: Collate, samples: list[Any], name: str, group: Sequence[int]) -> Any:
+    try:
+        return collate(samples)
+    except Exception as error:
+        raise BadInput(
+            f"{name}: samples {group[0]} to {group[-1]} could not be made into a batch:"
+            f" {type(error).__name__}: {error}; give the task a collate="
+        ) from error
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+def to_device(data: Any, device: torch.device) -> Any:
+    """Every tensor in `data` on `device`, the rest as it is."""
+    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), data)
+
+
+def size_in_bytes(data: Any) -> int:
+    """Bytes of all tensors in `data`."""
+    return sum(leaf.nbytes for leaf in torch.utils._pytree.tree_leaves(data) if isinstance(leaf, torch.Tensor))
+
+
+def groups_of(start: int, stop: int, size: int) -> list[range]:
+    """Indices `start` to `stop - 1` in consecutive groups of at most `size`.
+
+    >>> groups_of(0, 5, 2)
+    [range(0, 2), range(2, 4), range(4, 5)]
+    """
+    return [range(i, min(i + size, stop)) for i in range(start, stop, size)]

@@ -1,0 +1,135 @@
+r"""LiSSA, the recursion of Agarwal et al. (2017) and of Koh & Liang (2017, section 3), with the scale divided out.
+
+.. math:: h_{t+1} = v + h_t - (C_{batch} h_t + \lambda h_t) / scale, \qquad s = h / scale
+
+converges to :math:`(C + \lambda I)^{-1} v` if `scale` exceeds the largest eigenvalue. What users of the
+recursion meet as NaN, or as knobs nobody can set, is chosen here: the scale from a power iteration, the depth
+from scale and damping, the batch by doubling it when the residual no longer falls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infl_cache.maths.curvature import Curvature, largest_eigenvalue
+from infl_cache.maths.solvers.base import Operator, Solution, norms, relative_residual
+
+FIRST_BATCH = 128
+MAX_DOUBLINGS = 12
+NO_DAMPING_DEPTH = 5000
+
+
+@dataclass(frozen=True)
+class LiSSA:
+    """Stops a row when `|residual| / ((lambda + weight_decay) |s|) <= tolerance`.
+
+    The left side bounds the relative error of `s` whenever the curvature is not indefinite (the smallest
+    eigenvalue of the operator is then at least `lambda + weight_decay`).
+    `scale`, `depth`, `sample_batch` are estimated where they are None; `repeats` recursions are averaged.
+    """
+
+    tolerance: float = 0.02
+    scale: float | None = None
+    depth: int | None = None
+    repeats: int = 1
+    sample_batch: int | None = None
+    seed: int = 42
+
+    def prepare(self, operator: Operator) -> Callable[[Tensor], Solution]:
+        """Estimate the scale once; the operator must be a `Curvature`, whose single batches are sampled."""
+        if not isinstance(operator, Curvature):
+            raise TypeError(f"LiSSA samples the curvature: expected a Curvature, found {type(operator).__name__}")
+        known: list[float] = [] if self.scale is None else [self.scale]
+
+        def solved(rhs: Tensor) -> Solution:
+            if not known:
+                # A third above the estimate: it comes from below, and single batches curve more than the mean.
+                known.append(1.33 * largest_eigenvalue(operator, rhs.shape[1], rhs[:1]) + 1e-12)
+            return self._averaged(operator, rhs, known[0])
+
+        return solved
+
+    def _averaged(self, operator: Curvature, rhs: Tensor, scale: float) -> Solution:
+        value = torch.zeros_like(rhs)
+        steps = 0
+        for repeat in range(self.repeats):
+            found, taken = self._recursion(operator, rhs, scale, torch.Generator().manual_seed(self.seed + repeat))
+            value += found / self.repeats
+            steps += taken
+        residual = relative_residual(operator, value, rhs)
+        converged = self._bound(operator, residual, value, rhs) <= self.tolerance
+        reasons = tuple(
+            "" if ok else "not finite" if not math.isfinite(r) else "stopped before its error bound met the tolerance"
+            for ok, r in zip(converged.tolist(), residual.tolist(), strict=True)
+        )
+        return Solution(value, residual, torch.full((len(rhs),), steps), converged, reasons)
+
+    def _recursion(
+        self, operator: Curvature, rhs: Tensor, scale: float, generator: torch.Generator
+    ) -> tuple[Tensor, int]:
+        """One recursion in rounds of steps, a look at the true residual after each: `s` (K, P) and the steps taken."""
+        n = operator.n_train
+        batch = min(n, self.sample_batch or FIRST_BATCH)
+        h, step, depth = rhs.clone(), 0, self._depth(operator, scale)
+        best, best_worst, last, doublings = rhs / scale, float("inf"), float("inf"), 0
+        while step < depth and best_worst > self.tolerance:
+            # A look costs one pass over the data: every second pass' worth of steps, every 20th of full passes.
+            steps = min(depth - step, 20 if batch == n else -(-2 * n // batch))
+            for _ in range(steps):
+                h = h + rhs - _sampled(operator, batch, generator, h) / scale
+            step += steps
+            if self._diverged(operator, h, rhs, scale):
+                if self.scale is not None:
+                    break
+                scale, h, last, doublings = 2 * scale, rhs.clone(), float("inf"), doublings + 1
+                depth = step + self._depth(operator, scale) if doublings <= MAX_DOUBLINGS else step
+                continue
+            worst = self._worst(operator, h / scale, rhs)
+            if worst < best_worst:
+                best, best_worst = h / scale, worst
+            if worst > 0.9 * last and batch < n:
+                if self.sample_batch is not None:
+                    break  # the noise of the batch size that was asked for: it will not get better
+                batch = min(n, 2 * batch)
+            elif worst > 0.9999 * last:
+                break  # as stable as rounding lets it be
+            last = worst
+        return best, step
+
+    def _diverged(self, operator: Curvature, h: Tensor, rhs: Tensor, scale: float) -> bool:
+        """Whether some row is far beyond the largest fixed point that the damping allows."""
+        finite = torch.isfinite(norms(rhs))
+        limit = 1e3 * scale * norms(rhs) / max(operator.shift, 1e-3 * scale)
+        return not bool((norms(h)[finite] <= limit[finite]).all())
+
+    def _worst(self, operator: Curvature, value: Tensor, rhs: Tensor) -> float:
+        bound = self._bound(operator, relative_residual(operator, value, rhs), value, rhs)
+        finite = bound[torch.isfinite(bound)]
+        return float(finite.max()) if len(finite) else 0.0
+
+    def _bound(self, operator: Curvature, residual: Tensor, value: Tensor, rhs: Tensor) -> Tensor:
+        """`|residual| / (shift |s|)`, an upper bound of the relative error; plain residual without damping."""
+        if operator.shift == 0:
+            return residual
+        return residual * norms(rhs) / (operator.shift * norms(value)).clamp_min(1e-300)
+
+    def _depth(self, operator: Curvature, scale: float) -> int:
+        """Steps until the slowest direction, which shrinks by `1 - shift/scale`, is below the tolerance."""
+        if self.depth is not None:
+            return self.depth
+        if operator.shift <= 0:
+            return NO_DAMPING_DEPTH
+        return 100 + math.ceil(2 * scale / operator.shift * math.log(10 / min(self.tolerance, 1.0)))
+
+
+def _sampled(operator: Curvature, batch: int, generator: torch.Generator, h: Tensor) -> Tensor:
+    """The operator with C over `batch` training samples drawn without replacement."""
+    if batch >= operator.n_train:
+        return operator(h)
+    chosen = torch.randperm(operator.n_train, generator=generator)[:batch].tolist()
+    return operator.mean_over(operator.pick(chosen), batch, h)

@@ -1,0 +1,131 @@
+"""What other programs read: JSON in the structure of `pytorch_influence_functions`, and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infl_cache.disk.durable import sync_file
+from infl_cache.disk.matrix import MatrixFile
+from infl_cache.disk.run import RunFolder
+from infl_cache.errors import BadInput
+from infl_cache.progress import progress
+from infl_cache.stages import rank
+from infl_cache.stages.report import stored_column
+
+FORMATS = ("json", "csv")
+CSV_HEADER = (
+    "test_id",
+    "train_id",
+    "rank",
+    "effect",
+    "influence",
+    "loss_change_if_removed",
+    "test_label",
+    "train_label",
+)
+
+
+def export(folder: RunFolder, kind: str, out: Path | None = None, top_k: int | None = None, show: bool = True) -> Path:
+    """Write the finished matrix as `json` or `csv`; return the file.
+
+    JSON: `{test id: {"label", "num_in_dataset", "time_calc_influence_s", "influence", "harmful", "helpful"}}`,
+    `influence` over all training samples, `helpful` and `harmful` training ids sorted by strength (all, or
+    `top_k`). CSV: a row for each of the `top_k` (100 by default) most helpful and most harmful of each test sample.
+    """
+    if kind not in FORMATS:
+        raise BadInput(f"format: expected one of {', '.join(FORMATS)}, found {kind!r}")
+    if top_k is not None and top_k < 1:
+        raise BadInput(f"top-k: expected at least 1, found {top_k}")
+    folder.require_complete("influence")
+    path = out or folder.path / "export" / f"influence.{kind}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = folder.records("influence").values()
+    test_labels, train_labels = stored_column(folder, "stest", "target"), stored_column(folder, "grads", "target")
+    matrix = MatrixFile(folder.path / "influence.npy")
+    seconds = sum(record.seconds for record in records) / matrix.shape[0]
+    try:
+        with _replacing(path) as file, progress("export", matrix.shape[0], unit="test sample", show=show) as bar:
+            rows = _rows(matrix, bar)
+            if kind == "json":
+                _write_json(file, rows, test_labels, seconds, top_k)
+            else:
+                _write_csv(file, rows, test_labels, train_labels, top_k or 100)
+    finally:
+        matrix.close()
+    return path
+
+
+def _rows(matrix: MatrixFile, bar: Any) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    for index in range(matrix.shape[0]):
+        yield index, matrix.read(index, index + 1)[0]
+        bar.advance(1)
+
+
+def _write_json(
+    file: IO[str],
+    rows: Iterator[tuple[int, NDArray[np.float32]]],
+    labels: NDArray[np.float64],
+    seconds: float,
+    k: int | None,
+) -> None:
+    """One test sample at a time, so that no more than one row is ever held as text."""
+    file.write("{")
+    for index, row in rows:
+        count = len(row) if k is None else k
+        entry = {
+            "label": number(labels[index]),
+            "num_in_dataset": index,
+            "time_calc_influence_s": seconds,
+            "influence": [value if np.isfinite(value) else None for value in row.tolist()],
+            "harmful": rank.harmful(row, count).ids.tolist(),
+            "helpful": rank.helpful(row, count).ids.tolist(),
+        }
+        file.write(f"{',' if index else ''}\n{json.dumps(str(index))}: {json.dumps(entry, allow_nan=False)}")
+    file.write("\n}\n")
+
+
+def _write_csv(
+    file: IO[str], rows: Iterator[tuple[int, NDArray[np.float32]]], test_labels: NDArray[np.float64],
+    train_labels: NDArray[np.float64], k: int,
+) -> None:  # fmt: skip
+    writer = csv.writer(file)
+    writer.writerow(CSV_HEADER)
+    for index, row in rows:
+        for effect, ranking in (("helpful", rank.helpful(row, k)), ("harmful", rank.harmful(row, k))):
+            for place, (train_id, value) in enumerate(
+                zip(ranking.ids.tolist(), ranking.values.tolist(), strict=True), 1
+            ):
+                labels = (number(test_labels[index]), number(train_labels[train_id]))
+                writer.writerow((index, train_id, place, effect, value, -value, *labels))
+
+
+def number(value: float) -> int | float | None:
+    """A number as JSON has it: whole labels as integers, NaN as null.
+
+    >>> number(3.0), number(0.5), number(float("nan"))
+    (3, 0.5, None)
+    """
+    if not np.isfinite(value):
+        return None
+    return int(value) if value == int(value) else float(value)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[str]]:
+    """A text file that appears under its name only when it is complete."""
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_file(path.parent)

@@ -1,0 +1,163 @@
+"""What every stage starts from: the folder, the task on its device, the budget, and the identities of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+
+from infl_cache.config import Options
+from infl_cache.disk.layout import spread
+from infl_cache.disk.manifest import Identity
+from infl_cache.disk.run import RunFolder, array_bytes
+from infl_cache.errors import BadInput, ForeignRun
+from infl_cache.interrupt import stop_between_blocks
+from infl_cache.maths.digest import code_digest, digest_of, sample_digest, weights_digest
+from infl_cache.maths.params import Parameters, select
+from infl_cache.maths.probe import check_data
+from infl_cache.maths.samples import fetch
+from infl_cache.maths.task import Task, evaluating
+
+log = logging.getLogger("infl_cache")
+
+DATA_PROBES = 32
+CHECK_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A locked run folder and a task that is ready to be computed with; `check()` raises after a signal."""
+
+    folder: RunFolder
+    task: Task
+    options: Options
+    parameters: Parameters
+    device: torch.device
+    budget: int
+    check: Callable[[], None]
+    task_identity: Identity
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What one call of a stage did: rows in all, rows computed now, bytes on disk, seconds, and remarks."""
+
+    stage: str
+    rows: int
+    computed: int
+    n_bytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@contextmanager
+def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
+    """Lock the folder, put the model on its device in eval mode, catch signals; undo all of it on leaving."""
+    device = choose_device(options.resources.device)
+    parameters = select(task.model, task.parameters)
+    with folder.writing(), stop_between_blocks() as check, evaluating(task.model, device):
+        yield Opened(
+            folder, task, options, parameters, device, memory_budget(options.resources.memory), check,
+            task_identity(task, parameters),
+        )  # fmt: skip
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(
+            f"device: expected one that works here, found {name!r} ({str(error).splitlines()[0]})"
+        ) from error
+    return device
+
+
+def memory_budget(asked: int | None) -> int:
+    """Bytes a stage plans with: what was asked for, or a quarter of the machine's memory."""
+    return asked if asked is not None else psutil.virtual_memory().total // 4
+
+
+def task_identity(task: Task, parameters: Parameters) -> Identity:
+    """What every stage's numbers depend on; a change of any field makes the run another run."""
+    return {
+        "model": f"{type(task.model).__module__}.{type(task.model).__qualname__}",
+        "weights": weights_digest(task.model),
+        "n_params": parameters.size,
+        "parameters": digest_of([parameters.names, parameters.shapes]),
+        "n_train": len(task.train),
+        "train": dataset_digest(task.train, "train"),
+        "loss": code_digest(task.loss),
+        "forward": digest_of([code_digest(each) for each in (task.collate, task.forward, task.targets)]),
+    }
+
+
+def test_identity(task: Task) -> Identity:
+    """What s_test depends on besides: the test samples, what is measured of them, and weight decay."""
+    return {
+        "n_test": len(task.test),
+        "test": dataset_digest(task.test, "test"),
+        "measure": code_digest(task.measure),
+        "weight_decay": float(task.weight_decay),
+    }
+
+
+def dataset_digest(dataset: Any, name: str) -> str:
+    """A digest over samples spread through the data set, each fetched twice; refuses data that change."""
+    return digest_of(check_data(dataset, name, spread(len(dataset), DATA_PROBES)))
+
+
+def check_stored_digests(dataset: Any, name: str, rows: Sequence[int], stored: NDArray[np.uint64]) -> None:
+    """`ForeignRun` naming the first sample that is not the one a stored row was computed from.
+
+    Goes through the rows spread over the data set until two seconds have passed; all of them where they suffice.
+    """
+    deadline = time.perf_counter() + CHECK_SECONDS
+    order = np.random.default_rng(0).permutation(len(rows))
+    for position in order:
+        index = int(rows[position])
+        if sample_digest(fetch(dataset, index, name)) != int(stored[position]):
+            raise ForeignRun(
+                f"{name}[{index}]: expected the sample that the stored rows were computed from, found another;"
+                " use another --run, or start this stage over with --force"
+            )
+        if time.perf_counter() > deadline:
+            return
+
+
+def block_digest(digests: NDArray[np.uint64]) -> str:
+    """The ledger's digest over the input samples of a block."""
+    return digest_of([digests])
+
+
+def stored_dtype(parameters: Parameters, task: Task, asked: str = "auto") -> str:
+    """The stored element type: float64 for float64 parameters, else float32, unless asked otherwise."""
+    own = dict(task.model.named_parameters())[parameters.names[0]].dtype
+    return asked if asked != "auto" else ("float64" if own == torch.float64 else "float32")
+
+
+def options_identity(section: Any, **resolved: Any) -> Identity:
+    """A section's options as identity fields, with what `auto` resolved to."""
+    return {**dataclasses.asdict(section), **resolved}
+
+
+def summary(
+    opened: Opened, stage: str, rows: int, computed: int, started: float, notes: Sequence[str] = ()
+) -> StageResult:
+    """The result of a stage that has just finished."""
+    records = opened.folder.records(stage)
+    return StageResult(
+        stage, rows, computed, array_bytes(records.values()), time.perf_counter() - started, tuple(notes)
+    )

@@ -1,0 +1,45 @@
+"""Rankings: the most helpful (most negative) and most harmful (most positive) training samples, ties by lower id."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Ranking(NamedTuple):
+    """Training ids and their influence values, the strongest first."""
+
+    ids: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+
+def helpful(row: NDArray[np.float32], k: int) -> Ranking:
+    """The k lowest values of a row of influences: removing these samples raises the test loss most.
+
+    >>> helpful(np.array([0.5, -2.0, np.nan, -2.0], np.float32), 2).ids.tolist()
+    [1, 3]
+    """
+    return _lowest(row, row, k)
+
+
+def harmful(row: NDArray[np.float32], k: int) -> Ranking:
+    """The k highest values of a row of influences: removing these samples lowers the test loss most.
+
+    >>> harmful(np.array([0.5, -2.0, np.nan, 0.1], np.float32), 2).ids.tolist()
+    [0, 3]
+    """
+    return _lowest(-row, row, k)
+
+
+def _lowest(keys: NDArray[np.float32], row: NDArray[np.float32], k: int) -> Ranking:
+    """Ids of the k lowest keys, NaN left out."""
+    candidates = np.flatnonzero(~np.isnan(keys))
+    if len(candidates) > k:
+        # Everything up to the k-th lowest key, so that ties at the border are settled by id and not by chance.
+        border = np.partition(keys[candidates], k - 1)[k - 1]
+        candidates = candidates[keys[candidates] <= border]
+    order = np.lexsort((candidates, keys[candidates]))[:k]
+    ids = candidates[order].astype(np.int64)
+    return Ranking(ids, row[ids].astype(np.float32))

@@ -1,0 +1,185 @@
+"""What people look at: a short table for the terminal, and one picture of test samples with their neighbours."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infl_cache.disk.durable import write_atomically
+from infl_cache.disk.matrix import MatrixFile
+from infl_cache.disk.run import RunFolder
+from infl_cache.maths.samples import fetch
+from infl_cache.maths.task import Task
+from infl_cache.stages import rank
+from infl_cache.stages.opening import log
+
+SHOWN = 3
+NEIGHBOURS = 5
+PICTURE = "report/influence.png"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A test sample with what the stores know of it, and its strongest training samples."""
+
+    index: int
+    label: float
+    prediction: float
+    loss: float
+    helpful: rank.Ranking
+    harmful: rank.Ranking
+
+
+def report(folder: RunFolder, task: Task | None = None) -> str:
+    """The table as text; with a task whose samples are pictures, also `report/influence.png`."""
+    folder.require_complete("influence")
+    asked = worst_test_samples(folder, SHOWN)
+    labels = stored_column(folder, "grads", "target")
+    names = task.classes if task is not None else None
+    text = table(asked, labels, names)
+    if task is not None:
+        picture = draw(folder.path / PICTURE, task, asked, labels)
+        text += f"\n{picture}" if picture else ""
+    return text
+
+
+def worst_test_samples(folder: RunFolder, count: int) -> list[Asked]:
+    """The test samples of largest loss: the predictions people ask about first."""
+    losses = stored_column(folder, "stest", "loss")
+    labels, predictions = stored_column(folder, "stest", "target"), stored_column(folder, "stest", "prediction")
+    matrix = MatrixFile(folder.path / "influence.npy")
+    try:
+        found = []
+        for index in np.argsort(-np.nan_to_num(losses), kind="stable")[:count]:
+            row = matrix.read(int(index), int(index) + 1)[0]
+            found.append(
+                Asked(int(index), labels[index], predictions[index], losses[index],
+                      rank.helpful(row, NEIGHBOURS), rank.harmful(row, NEIGHBOURS))
+            )  # fmt: skip
+        return found
+    finally:
+        matrix.close()
+
+
+def stored_column(folder: RunFolder, stage: str, name: str) -> NDArray[np.float64]:
+    """A one-number-a-sample array of a finished store."""
+    records, store = folder.require_complete(stage), folder.store(stage)
+    parts = []
+    for block in folder.stage_blocks(stage):
+        folder.check_block(records[block.index])
+        parts.append(store.read_block(block, [name])[name])
+    return np.concatenate(parts).astype(np.float64)
+
+
+def table(asked: list[Asked], labels: NDArray[np.float64], classes: Any = None) -> str:
+    """The strongest training samples of each test sample: id, label, influence."""
+    lines = ["Influence on the test samples of largest loss; negative = helpful, positive = harmful.", ""]
+    for each in asked:
+        lines.append(
+            f"test sample {each.index}: label {label_text(each.label, classes)},"
+            f" predicted {label_text(each.prediction, classes)}, loss {each.loss:.3g}"
+        )
+        lines.append(
+            f"    {'helpful':>8} {'label':>8} {'influence':>11}    {'harmful':>8} {'label':>8} {'influence':>11}"
+        )
+        for k in range(max(len(each.helpful.ids), len(each.harmful.ids))):
+            sides = [
+                f"{side.ids[k]:>8} {label_text(labels[side.ids[k]], classes):>8} {side.values[k]:>+11.3e}"
+                if k < len(side.ids) else " " * 29
+                for side in (each.helpful, each.harmful)
+            ]  # fmt: skip
+            lines.append("    " + "    ".join(sides))
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def label_text(value: float, classes: Any = None) -> str:
+    """A label or prediction for people.
+
+    >>> label_text(3.0), label_text(0.2512), label_text(1.0, ["cat", "dog"])
+    ('3', '0.251', 'dog')
+    """
+    if math.isnan(value):
+        return "-"
+    if value == int(value):
+        if classes is not None and 0 <= value < len(classes):
+            return str(classes[int(value)])
+        return str(int(value))
+    return f"{value:.3g}"
+
+
+def draw(path: Path, task: Task, asked: list[Asked], labels: NDArray[np.float64]) -> Path | None:
+    """One PNG: each test sample, its most helpful and its most harmful training samples, values over them.
+
+    None where the samples are not pictures or matplotlib is not installed.
+    """
+    pictures = {each.index: picture_of(fetch(task.test, each.index, "test")) for each in asked}
+    if any(picture is None for picture in pictures.values()):
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.warning("no picture: matplotlib is not installed; pip install 'infl_cache[figures]'")
+        return None
+    width = 1 + 2 * NEIGHBOURS
+    figure = Figure(figsize=(1.25 * width, 1.7 * len(asked) + 0.4), layout="constrained")
+    axes = figure.subplots(len(asked), width, squeeze=False)
+    for row, each in zip(axes, asked, strict=True):
+        said = label_text(each.prediction, task.classes)
+        title = f"test {each.index}\n{label_text(each.label, task.classes)}, said {said}"
+        _show(row[0], pictures[each.index], title, "black")
+        for offset, side, colour in ((1, each.helpful, "tab:green"), (1 + NEIGHBOURS, each.harmful, "tab:red")):
+            for k in range(NEIGHBOURS):
+                if k >= len(side.ids):
+                    row[offset + k].axis("off")
+                    continue
+                index = int(side.ids[k])
+                title = f"train {index}\n{label_text(labels[index], task.classes)}: {side.values[k]:+.1e}"
+                _show(row[offset + k], picture_of(fetch(task.train, index, "train")), title, colour)
+    figure.suptitle("Test sample | most helpful (green) | most harmful (red): label and influence")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(temporary := path.with_suffix(".tmp.png"), dpi=110)
+    write_atomically(path, temporary.read_bytes())
+    temporary.unlink()
+    return path
+
+
+def _show(axis: Any, picture: Any, title: str, colour: str) -> None:
+    axis.imshow(picture, cmap="gray_r" if picture.ndim == 2 else None)
+    axis.set_title("\n".join(textwrap.shorten(line, 24) for line in title.split("\n")), fontsize=8, color=colour)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_color(colour)
+
+
+def picture_of(sample: Any) -> NDArray[Any] | None:
+    """A sample's input as (H, W) or (H, W, 3), if it looks like a picture; flat squares of 64 and more count.
+
+    >>> picture_of((np.zeros(64), 3)).shape, picture_of((np.zeros((3, 8, 9)), 3)).shape
+    ((8, 8), (8, 9, 3))
+    >>> picture_of((np.zeros(5), 3)) is None
+    True
+    """
+    first = sample[0] if isinstance(sample, (tuple, list)) and sample else sample
+    try:
+        picture = np.asarray(first, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+    if picture.ndim == 3 and picture.shape[0] in (1, 3):
+        picture = picture.transpose(1, 2, 0)
+    if picture.ndim == 3 and picture.shape[2] == 1:
+        picture = picture[..., 0]
+    if picture.ndim == 1 and picture.size >= 64 and math.isqrt(picture.size) ** 2 == picture.size:
+        picture = picture.reshape(math.isqrt(picture.size), -1)
+    if picture.ndim not in (2, 3) or min(picture.shape[:2]) < 4 or (picture.ndim == 3 and picture.shape[2] != 3):
+        return None
+    low, high = picture.min(), picture.max()
+    scaled: NDArray[Any] = (picture - low) / (high - low if high > low else 1)
+    return scaled

@@ -1,0 +1,121 @@
+"""What is done, what is left, how large and how fast: read from ledger and manifest alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from infl_cache.disk.run import RunFolder, array_bytes
+from infl_cache.errors import BadInput
+from infl_cache.progress import human_bytes, human_seconds
+
+ORDER = ("grads", "stest", "influence")
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage: blocks and rows done of all, bytes on disk, seconds of work, rows a second, seconds left."""
+
+    stage: str
+    blocks_done: int
+    blocks: int
+    rows_done: int
+    rows: int
+    n_bytes: int
+    seconds: float
+    rate: float
+    eta: float
+    details: dict[str, Any]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left."""
+        return self.blocks > 0 and self.blocks_done == self.blocks
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of a run folder."""
+
+    path: str
+    stages: tuple[StageStatus, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}"]
+        for each in self.stages:
+            if not each.blocks:
+                lines.append(f"  {each.stage:10s} not begun")
+                continue
+            state = "done" if each.complete else f"{each.blocks_done / each.blocks:.0%}, {human_seconds(each.eta)} left"
+            unit = "tiles" if each.stage == "influence" else "rows"
+            lines.append(
+                f"  {each.stage:10s} {each.rows_done:,} of {each.rows:,} {unit} ({state}), {human_bytes(each.n_bytes)},"
+                f" {human_seconds(each.seconds)}, {each.rate:,.1f} {unit}/s"
+            )
+            lines += [f"             {key}: {value}" for key, value in each.details.items()]
+        return "\n".join(lines)
+
+
+def status(folder: RunFolder) -> Status:
+    """The state of a run folder; `BadInput` if it is none."""
+    if not folder.exists:
+        raise BadInput(f"{folder.path}: expected a run folder, found no manifest.json there")
+    return Status(str(folder.path), tuple(_stage_status(folder, stage) for stage in ORDER))
+
+
+def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
+    if stage not in folder.manifest.stages:
+        return StageStatus(stage, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, {})
+    records = folder.records(stage)
+    every = folder.stage_blocks(stage)
+    rows_done = sum(record.stop - record.start for record in records.values())
+    rows = every[-1].stop
+    seconds = sum(record.seconds for record in records.values())
+    rate = rows_done / seconds if seconds else 0.0
+    details: dict[str, Any] = {}
+    bad = sorted(row for record in records.values() for row in record.bad_rows)
+    if bad:
+        details["not finite"] = f"{len(bad)} rows: {', '.join(map(str, bad[:8]))}{', ...' if len(bad) > 8 else ''}"
+    if records and len(records) < len(every):
+        last = max(record.committed for record in records.values())
+        details["last commit"] = f"{human_seconds(max(0.0, time.time() - last))} ago"
+    if stage == "grads":
+        details.update(_grads_details(folder, array_bytes(records.values()), rows_done))
+    if stage == "stest" and records:
+        details.update(_stest_details(folder, sorted(records)))
+    return StageStatus(
+        stage, len(records), len(every), rows_done, rows, array_bytes(records.values()), seconds, rate,
+        (rows - rows_done) / rate if rate else 0.0, details,
+    )  # fmt: skip
+
+
+def _grads_details(folder: RunFolder, n_bytes: int, rows_done: int) -> dict[str, Any]:
+    forms = folder.plan("grads")["forms"]
+    n_params = int((folder.manifest.task or {}).get("n_params", 0))
+    details = {
+        "forms": f"{len(forms['factored'])} layers factored, {len(forms['expanded'])} multiplied out,"
+        f" {len(forms['mapped'])} parameters by {forms['engine']}"
+    }
+    if n_bytes and n_params:
+        plain = 4 * n_params * rows_done
+        details["size"] = f"{plain / n_bytes:,.1f} times smaller than plain float32 rows ({human_bytes(plain)})"
+    return details
+
+
+def _stest_details(folder: RunFolder, done: list[int]) -> dict[str, Any]:
+    store, every = folder.store("stest"), folder.stage_blocks("stest")
+    parts = [store.read_block(every[index], ["residual", "iterations", "converged"]) for index in done]
+    residual = np.concatenate([part["residual"] for part in parts]).astype(float)
+    iterations = np.concatenate([part["iterations"] for part in parts])
+    converged = np.concatenate([part["converged"] for part in parts])
+    identity = folder.manifest.stages["stest"]["identity"]
+    finite = residual[np.isfinite(residual)]
+    details = {"system": f"{identity['curvature']} + {identity['damping']} I by {identity['solver']}"}
+    if len(finite):
+        details["residual"] = f"median {np.median(finite):.1e}, largest {finite.max():.1e}"
+    details["iterations"] = f"median {np.median(iterations):.0f}, most {iterations.max()}"
+    details["converged"] = f"{int(converged.sum())} of {len(converged)}"
+    return details
