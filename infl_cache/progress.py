@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 class Bar:
     """Counts what a stage has done; shows it where somebody is looking."""
 
-    def __init__(self, bar: tqdm[None]) -> None:
+    def __init__(self, bar: Any) -> None:
         self._bar = bar
         self._bytes = 0
 

@@ -75,10 +75,12 @@ def _linear_layers(task: Task, parameters: Parameters, batch: Batch) -> list[Lay
     model, size = task.model, len(batch.indices)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     owners = Counter(id(own) for module in model.modules() for own in module._parameters.values() if own is not None)
+    shared = {owned for owned, count in owners.items() if count > 1}
     candidates = [
-        name for name, module in model.named_modules()
-        if linear.follows_rule(module) and all(owners[id(own)] == 1 for own in module._parameters.values() if own is not None)
-    ]  # fmt: skip
+        name
+        for name, module in model.named_modules()
+        if linear.follows_rule(module) and not shared.intersection(map(id, module._parameters.values()))
+    ]
     device = next(model.parameters()).device
     with linear.recording(model, candidates, device) as tape, torch.no_grad():
         losses_of(task, batch)

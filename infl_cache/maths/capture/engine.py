@@ -11,7 +11,7 @@ from infl_cache.errors import BadInput
 from infl_cache.maths.capture import linear
 from infl_cache.maths.capture.forms import Forms, Layer
 from infl_cache.maths.capture.mapped import looped_gradients, mapped_gradients
-from infl_cache.maths.params import Parameters, flatten
+from infl_cache.maths.params import Parameters, flatten, unflatten
 from infl_cache.maths.samples import Batch
 from infl_cache.maths.task import Task, blaming, losses_of, predictions_of, targets_as_numbers
 
@@ -75,7 +75,7 @@ def _factors(tape: linear.Tape, layer: Layer, batch: Batch) -> tuple[Tensor, Ten
     if found is None:
         shapes = [tuple(call.input.shape) for call in calls]
         raise BadInput(
-            f"layer {layer.module!r}: expected inputs of shape ({len(batch.indices)}, up to {layer.positions} positions,"
+            f"layer {layer.module!r}: expected inputs of shape ({len(batch.indices)}, at most {layer.positions},"
             f" {layer.n_in}), found {shapes} at samples {batch.indices[0]} to {batch.indices[-1]};"
             " pad to one length in collate=, or use --form dense"
         )
@@ -91,8 +91,4 @@ def _by_engine(task: Task, forms: Forms, batch: Batch, measure: bool) -> dict[st
     rest = Parameters(forms.mapped, tuple(forms.parameters.shape_of(name) for name in forms.mapped))
     if forms.engine == "vmap":
         return mapped_gradients(task, rest, batch, measure)
-    rows = looped_gradients(task, rest, batch, measure)
-    return {
-        n: p.reshape(1, *s)
-        for n, p, s in zip(rest.names, torch.split(rows, list(rest.sizes), 1), rest.shapes, strict=True)
-    }
+    return unflatten(rest, looped_gradients(task, rest, batch, measure))

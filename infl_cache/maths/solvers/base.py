@@ -14,7 +14,7 @@ Operator = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Solution:
-    """`value` (K, P); per row the true relative residual, the products it took, whether that met the tolerance, and why not.
+    """`value` (K, P); per row the true relative residual, the products taken, whether that will do, and why not.
 
     `residual[k] = |operator(value[k]) - rhs[k]| / |rhs[k]|`, recomputed with the operator at the end.
     """
