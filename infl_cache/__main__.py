@@ -15,7 +15,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from infl_cache import __version__
 from infl_cache.config import SECTIONS, option_fields, read_config_file
 from infl_cache.disk.run import RunFolder
-from infl_cache.errors import BadInput, InflCacheError, Interrupted
+from infl_cache.errors import BadInput, DamagedStore, InflCacheError, Interrupted
 from infl_cache.maths.task import Task, load_task
 from infl_cache.pipeline import STAGES, Run
 from infl_cache.progress import human_bytes, human_seconds
@@ -23,6 +23,7 @@ from infl_cache.stages.export import FORMATS, export
 from infl_cache.stages.opening import StageResult
 from infl_cache.stages.report import report
 from infl_cache.stages.status import status
+from infl_cache.stages.verify import verify
 
 HELP = {
     "grads": "stage 1: the gradient of every training sample into RUN/grad_z.zarr",
@@ -30,6 +31,7 @@ HELP = {
     "influence": "stage 3: the influence matrix RUN/influence.npy and the rankings",
     "run": "the three stages in order, then a short report",
     "status": "what is done, what is left, sizes, rates (also while a run is going on)",
+    "verify": "compare every byte of the run folder with its ledger; exit 4 if something is damaged",
     "export": "the finished matrix as json (structure of pytorch_influence_functions) or csv",
     "report": "the most helpful and harmful training samples of some test samples, as a table and a picture",
 }
@@ -97,7 +99,7 @@ def parser() -> ArgumentParser:
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
     for name in (*STAGES, "run"):
         commands.add_subcommand(name, _stage_parser(name), help=HELP[name])
-    for name in ("status", "export", "report"):
+    for name in ("status", "verify", "export", "report"):
         commands.add_subcommand(name, _reader_parser(name), help=HELP[name])
     return top
 
@@ -192,6 +194,15 @@ def _status(given: Namespace) -> None:
     print(status(RunFolder(Path(given.run))))
 
 
+def _verify(given: Namespace) -> None:
+    folder = RunFolder(Path(given.run))
+    faults = verify(folder)
+    if faults:
+        more = f"\n{len(faults)} files are damaged; restore them, or start their stage over with --force"
+        raise DamagedStore("\n".join(faults) + more)
+    print(f"{folder.path}: everything is as it was committed")
+
+
 def _export(given: Namespace) -> None:
     out = Path(given.out) if given.out else None
     print(export(RunFolder(Path(given.run)), given.format, out, given["top_k"]))
@@ -206,6 +217,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     **{name: (lambda given, name=name: _run_stages([name], given)) for name in STAGES},  # type: ignore[misc]
     "run": lambda given: _run_stages(list(STAGES), given),
     "status": _status,
+    "verify": _verify,
     "export": _export,
     "report": _report,
 }

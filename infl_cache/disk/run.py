@@ -54,10 +54,7 @@ class RunFolder:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """The only way to change the folder: made if missing, locked, its manifest read afresh."""
-        if self.path.exists() and not self.exists and any(p.name[:5] != ".lock" for p in self.path.iterdir()):
-            raise BadInput(
-                f"{self.path}: expected a run folder or an empty one, found other files; choose another --run"
-            )
+        self._refuse_other_folders()
         with disk_full_is_said(self.path):
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -71,10 +68,26 @@ class RunFolder:
                 finally:
                     self._ledger.close()
                     self._ledger = None
+                    self._forget_unbegun()
+
+    def _refuse_other_folders(self) -> None:
+        """`BadInput` if the path is a folder with somebody's files in it: nothing of theirs is to be overwritten."""
+        if not self.path.is_dir() or self.exists or (self.path / "ledger.sqlite").exists():
+            return
+        if any(not each.name.startswith(".lock") for each in self.path.iterdir()):
+            raise BadInput(
+                f"{self.path}: expected a run folder or an empty one, found other files; choose another --run"
+            )
+
+    def _forget_unbegun(self) -> None:
+        """Leave no trace of a run that was refused before its first stage began."""
+        if not self.exists:
+            for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm"):
+                (self.path / name).unlink(missing_ok=True)
 
     def check(self, stage: str, task: Identity, identity: Identity) -> None:
         """Raise `ForeignRun` with every differing field unless the folder was made from these identities."""
-        found = differences(self.manifest.task or task, task)
+        found = differences((self.manifest.stages and self.manifest.task) or task, task)
         if stage in self.manifest.stages:
             found += differences(self.manifest.stages[stage]["identity"], identity)
         if found:
@@ -86,13 +99,13 @@ class RunFolder:
     def claim(self, stage: str, task: Identity, identity: Identity, force: bool) -> dict[str, Any] | None:
         """The plan of `stage` as it was begun, or None if it has yet to begin.
 
-        With `force`, what the stage and its children have done is removed first; so is everything
-        if the task itself is another one.
+        With `force`, what the stage and its children have done is removed first. If the task itself is another
+        one, stage 1 (where everything begins) removes all of the old; the others refuse while other stages are there.
         """
-        if force:
-            foreign = bool(differences(self.manifest.task or task, task))
+        foreign = bool(differences(self.manifest.task or task, task))
+        others = set(self.manifest.stages) - {stage, *CHILDREN[stage]}
+        if force and (stage == "grads" or not foreign or not others):
             self.drop(OUTPUTS if foreign else (stage, *CHILDREN[stage]))
-            self.manifest.task = task
         self.check(stage, task, identity)
         entry = self.manifest.stages.get(stage)
         return None if entry is None else entry["plan"]

@@ -18,6 +18,7 @@ from infl_cache.maths.curvature import Curvature, remembered
 from infl_cache.maths.probe import activation_bytes, check_gradients_arrive, check_independence, probe_batch
 from infl_cache.maths.samples import Batch, batches, groups_of
 from infl_cache.maths.solvers import Solution, make_solver
+from infl_cache.maths.solvers.exact import COLUMNS
 from infl_cache.maths.task import losses_of
 from infl_cache.progress import Bar, progress
 from infl_cache.stages.grads import CHECKED_SAMPLES, MAX_BATCH, check_against_store, some
@@ -97,8 +98,9 @@ def _compute(run: Opened, todo: Sequence[Block], finished: int) -> list[str]:
     )
     with progress("stest", len(run.task.test), finished, show=run.options.resources.progress) as bar:
         products = _Products(run.check, bar)
-        operator = _operator(run, max(block.rows for block in todo), products.tick)
-        solver = make_solver(run.options.stest).prepare(operator)
+        sides = COLUMNS if run.options.stest.solver == "exact" else max(block.rows for block in todo)
+        operator = _operator(run, sides, products.tick)
+        solver = make_solver(run.options.stest, run.budget).prepare(operator)
         for block in todo:
             started = time.perf_counter()
             captured, rhs, digests = _right_hand_sides(run, forms, block)

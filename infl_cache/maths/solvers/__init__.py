@@ -18,10 +18,10 @@ from infl_cache.maths.solvers.lissa import LiSSA
 __all__ = ["CG", "Exact", "LiSSA", "Operator", "Solution", "Solver", "make_solver", "solve"]
 
 
-def make_solver(options: StestOptions) -> Solver:
-    """The solver that the options name, with its share of them."""
+def make_solver(options: StestOptions, memory: int | None = None) -> Solver:
+    """The solver that the options name, with its share of them and of `memory` bytes."""
     if options.solver == "exact":
-        return Exact()
+        return Exact(memory)
     if options.solver == "cg":
         return CG(1e-4 if options.tolerance is None else options.tolerance, options.max_iterations)
     return LiSSA(

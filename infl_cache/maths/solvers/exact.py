@@ -12,6 +12,7 @@ from infl_cache.errors import BadInput
 from infl_cache.maths.solvers.base import Operator, Solution, relative_residual
 
 MAX_PARAMETERS = 20_000
+COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,12 @@ class Exact:
     """Equals `numpy.linalg.solve(C + damping I, v)` in float64, for up to 20,000 parameters.
 
     The matrix is built from products with unit vectors, `columns` at a time, made symmetric, and
-    factorised once: Cholesky, or LU where it is not positive definite.
+    factorised once: Cholesky, or LU where it is not positive definite. Refuses what three copies of the
+    matrix in `memory` bytes cannot hold.
     """
 
-    columns: int = 256
+    memory: int | None = None
+    columns: int = COLUMNS
 
     def prepare(self, operator: Operator) -> Callable[[Tensor], Solution]:
         """Build on the first right-hand side, whose length is the matrix's."""
@@ -47,6 +50,11 @@ class Exact:
             raise BadInput(
                 f"solver exact: expected at most {MAX_PARAMETERS:,} parameters, found {size:,};"
                 " use --solver cg, or fewer parameters="
+            )
+        if self.memory is not None and 3 * 8 * size**2 > self.memory:
+            raise BadInput(
+                f"solver exact: expected {3 * 8 * size**2:,} bytes of memory for {size:,} parameters, found a budget of"
+                f" {self.memory:,}; give more --memory, or use --solver cg"
             )
         matrix = torch.empty(size, size, dtype=torch.float64, device=rhs.device)
         for start in range(0, size, self.columns):
