@@ -61,6 +61,7 @@ class RunFolder:
             except (FileExistsError, NotADirectoryError, PermissionError) as error:
                 raise BadInput(f"{self.path}: cannot be a run folder: {error.strerror}") from error
             with only_writer(self.path):
+                self._remove_leftovers()
                 self.manifest = Manifest.read(self.path / "manifest.json")
                 self._ledger = Ledger(self.path / "ledger.sqlite")
                 try:
@@ -78,6 +79,17 @@ class RunFolder:
             raise BadInput(
                 f"{self.path}: expected a run folder or an empty one, found other files; choose another --run"
             )
+
+    def _remove_leftovers(self) -> None:
+        """Temporary files of a writer that was killed; only under the lock, so none of them is in use."""
+        stores = [self.path / outputs[0] for outputs in OUTPUTS.values() if outputs[0].endswith(".zarr")]
+        for folder in (self.path, *stores):
+            for here, inner, names in os.walk(folder):
+                if here == str(self.path):
+                    inner.clear()
+                for name in names:
+                    if name.endswith(".partial"):
+                        os.unlink(os.path.join(here, name))
 
     def _forget_unbegun(self) -> None:
         """Leave no trace of a run that was refused before its first stage began."""
