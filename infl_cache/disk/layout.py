@@ -115,14 +115,3 @@ def rows_by_block(rows: list[int], block_rows: int) -> dict[int, list[int]]:
     for position, row in enumerate(rows):
         groups.setdefault(row // block_rows, []).append(position)
     return groups
-
-
-def spread(n: int, count: int) -> list[int]:
-    """At most `count` different indices below `n`, evenly spread, first and last included.
-
-    >>> spread(100, 4), spread(3, 8)
-    ([0, 33, 66, 99], [0, 1, 2])
-    """
-    if n <= count:
-        return list(range(n))
-    return [i * (n - 1) // (count - 1) for i in range(count)] if count > 1 else [0]

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from infl_cache.maths.params import Parameters, flatten, unflatten
@@ -72,8 +73,10 @@ class Curvature:
         theta = values_of(self.task.model, self.parameters)
         if self.dtype != next(iter(theta.values())).dtype:
             data, theta, fixed = self._cast(data, theta)
-        single = (_ggn if self.kind == "ggn" else _hessian)(self.task, theta, fixed, data, len(batch.indices))
-        product = mapped_over_vectors(single, unflatten(self.parameters, vectors))
+        # The fused attention kernels cannot be differentiated twice; the plain one can.
+        with sdpa_kernel(SDPBackend.MATH):
+            single = (_ggn if self.kind == "ggn" else _hessian)(self.task, theta, fixed, data, len(batch.indices))
+            product = mapped_over_vectors(single, unflatten(self.parameters, vectors))
         return flatten(self.parameters, product, leading=1)
 
     def _cast(self, data: Any, theta: Vectors) -> tuple[Any, Vectors, Vectors]:

@@ -103,3 +103,14 @@ def groups_of(start: int, stop: int, size: int) -> list[range]:
     [range(0, 2), range(2, 4), range(4, 5)]
     """
     return [range(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+
+def spread(n: int, count: int) -> list[int]:
+    """At most `count` different indices below `n`, evenly spread, first and last included.
+
+    >>> spread(100, 4), spread(3, 8)
+    ([0, 33, 66, 99], [0, 1, 2])
+    """
+    if n <= count:
+        return list(range(n))
+    return [i * (n - 1) // (count - 1) for i in range(count)] if count > 1 else [0]

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from infl_cache.disk.codecs import Codec
-from infl_cache.disk.layout import ArrayLayout, Block, array_layout, blocks, choose_block_rows, spread
+from infl_cache.disk.layout import ArrayLayout, Block, array_layout, blocks, choose_block_rows
 from infl_cache.disk.run import Array
 from infl_cache.errors import BadInput
 from infl_cache.maths.capture import Captured, Forms, capture, decide_forms
 from infl_cache.maths.capture.decide import check_forms
 from infl_cache.maths.probe import activation_bytes, check_gradients_arrive, check_independence, probe_batch
-from infl_cache.maths.samples import Batch, batches, groups_of
+from infl_cache.maths.samples import Batch, batches, groups_of, spread
 from infl_cache.progress import progress
 from infl_cache.stages.opening import (
     Opened,

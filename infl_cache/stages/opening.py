@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 
 from infl_cache.config import Options
-from infl_cache.disk.layout import spread
 from infl_cache.disk.manifest import Identity
 from infl_cache.disk.run import RunFolder, array_bytes
 from infl_cache.errors import BadInput, ForeignRun
@@ -24,7 +23,7 @@ from infl_cache.interrupt import stop_between_blocks
 from infl_cache.maths.digest import code_digest, digest_of, sample_digest, weights_digest
 from infl_cache.maths.params import Parameters, select
 from infl_cache.maths.probe import check_data
-from infl_cache.maths.samples import fetch
+from infl_cache.maths.samples import fetch, spread
 from infl_cache.maths.task import Task, evaluating
 
 log = logging.getLogger("infl_cache")

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from infl_cache.disk.codecs import Codec
-from infl_cache.disk.layout import Block, array_layout, spread
+from infl_cache.disk.layout import Block, array_layout
 from infl_cache.errors import IncompleteStore
 from infl_cache.maths.capture import Captured, Forms, capture, decide_forms, rows_of
 from infl_cache.maths.curvature import Curvature, remembered
 from infl_cache.maths.probe import activation_bytes, check_gradients_arrive, check_independence, probe_batch
-from infl_cache.maths.samples import Batch, batches, groups_of
+from infl_cache.maths.samples import Batch, batches, groups_of, spread
 from infl_cache.maths.solvers import Solution, make_solver
 from infl_cache.maths.solvers.exact import COLUMNS
 from infl_cache.maths.task import losses_of

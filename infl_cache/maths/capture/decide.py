@@ -16,10 +16,11 @@ from infl_cache.maths.capture.engine import capture, rows_of
 from infl_cache.maths.capture.forms import Forms, Layer
 from infl_cache.maths.params import Parameters, unflatten
 from infl_cache.maths.probe import probe_batch
-from infl_cache.maths.samples import Batch
+from infl_cache.maths.samples import Batch, spread
 from infl_cache.maths.task import Task, losses_of, reference_gradient
 
 RESERVED = {"dense", "loss", "target", "digest"}
+LENGTH_PROBES = 16
 
 
 def decide_forms(
@@ -31,8 +32,14 @@ def decide_forms(
     every sample of `batch`, by vmap of the whole model for the rest, by a loop where vmap fails.
     """
     found = _linear_layers(task, parameters, batch)
-    notes: list[str] = []
-    forms = _arranged(parameters, found, form)
+    varying = _varying_layers(task, found)
+    notes = [
+        f"layer {module!r} sees samples of different lengths and is stored as plain rows;"
+        " pad to one length in collate= to store it as factors"
+        for module in sorted(varying)
+        if form == "auto"
+    ]
+    forms = _arranged(parameters, found, form, varying)
     reference = {index: _reference_row(task, parameters, index, batch) for index in batch.indices}
     if forms.mapped:
         forms, note = _with_working_engine(task, forms, batch)
@@ -43,7 +50,7 @@ def decide_forms(
         notes += [
             f"layer {layer.module!r} disagrees with plain autograd by its rule; vmap takes it" for layer in bad_layers
         ]
-        forms = _arranged(parameters, [layer for layer in found if layer not in bad_layers], form)
+        forms = _arranged(parameters, [layer for layer in found if layer not in bad_layers], form, varying)
         forms, note = _with_working_engine(task, forms, batch)
         notes += note
         wrong = _disagreeing(task, forms, batch, reference)
@@ -112,8 +119,28 @@ def _key(module: str, taken: list[Layer]) -> str:
     return key if len(key) < 200 else f"layer-{len(taken)}"
 
 
-def _arranged(parameters: Parameters, layers: list[Layer], form: str) -> Forms:
-    factored = [x for x in layers if form == "auto" and x.weight is not None and x.factor_size < x.gradient_size]
+def _varying_layers(task: Task, layers: list[Layer]) -> set[str]:
+    """Modules whose number of positions is not the same for every sample: their factors fit no array."""
+    device = next(task.model.parameters()).device
+    modules = [layer.module for layer in layers]
+    seen: dict[str, set[int]] = {layer.module: {layer.positions} for layer in layers}
+    for index in spread(len(task.train), LENGTH_PROBES):
+        with linear.recording(task.model, modules, device) as tape, torch.no_grad():
+            losses_of(task, probe_batch(task, [index], device))
+        for module, calls in tape.calls.items():
+            seen[module].add(sum(call.output_shape[:-1].numel() for call in calls))
+    return {module for module, positions in seen.items() if len(positions) > 1}
+
+
+def _arranged(parameters: Parameters, layers: list[Layer], form: str, varying: set[str]) -> Forms:
+    factored = [
+        layer
+        for layer in layers
+        if form == "auto"
+        and layer.weight is not None
+        and layer.factor_size < layer.gradient_size
+        and layer.module not in varying
+    ]
     covered = {name for layer in layers for name in layer.names}
     return Forms(
         parameters,

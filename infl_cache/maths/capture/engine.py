@@ -44,7 +44,7 @@ def capture(task: Task, forms: Forms, batch: Batch, measure: bool = False) -> Ca
         if forms.layers and losses.requires_grad:
             with blaming("backward of the loss"):
                 torch.autograd.grad(losses.sum(), tape.anchor)
-    found = {layer.key: _factors(tape, layer, batch) for layer in forms.layers}
+    found = {layer.key: _factors(tape, layer, batch, layer in forms.factored) for layer in forms.layers}
     pieces: dict[str, Tensor] = {}
     for layer in forms.expanded:
         pieces.update(_expanded(layer, *found.pop(layer.key)))
@@ -69,9 +69,10 @@ def rows_of(forms: Forms, captured_factors: dict[str, tuple[Tensor, Tensor]], de
     return torch.cat([pieces[name] for name in forms.parameters.names], dim=1)
 
 
-def _factors(tape: linear.Tape, layer: Layer, batch: Batch) -> tuple[Tensor, Tensor]:
+def _factors(tape: linear.Tape, layer: Layer, batch: Batch, stored: bool) -> tuple[Tensor, Tensor]:
+    """The layer's factors, with exactly the positions that the store has room for if they are to be stored."""
     calls = tape.calls.get(layer.module, [])
-    found = linear.factors(calls, len(batch.indices), layer.positions) if calls else None
+    found = linear.factors(calls, len(batch.indices), layer.positions if stored else None) if calls else None
     if found is None:
         shapes = [tuple(call.input.shape) for call in calls]
         raise BadInput(

@@ -80,11 +80,11 @@ def follows_rule(module: nn.Module) -> bool:
     )
 
 
-def factors(calls: Sequence[Call], size: int, positions: int) -> tuple[Tensor, Tensor] | None:
+def factors(calls: Sequence[Call], size: int, positions: int | None) -> tuple[Tensor, Tensor] | None:
     """`input (B, T, n_in)` and `output_grad (B, T, n_out)` over all calls; None if they have another shape.
 
-    A layer called twice has the positions of both calls. Fewer positions than the store has room for are
-    padded with zeros, which add nothing to a gradient.
+    A layer called twice has the positions of both calls. Fewer than `positions` are padded with zeros, which
+    add nothing to a gradient; with None any number will do.
     """
     if any(call.input.dim() < 2 or call.input.shape[0] != size for call in calls):
         return None
@@ -95,7 +95,7 @@ def factors(calls: Sequence[Call], size: int, positions: int) -> tuple[Tensor, T
         for call, each in zip(calls, inputs, strict=True)
     ]  # fmt: skip
     together, grad = torch.cat(inputs, 1), torch.cat(grads, 1)
-    missing = positions - together.shape[1]
+    missing = 0 if positions is None else positions - together.shape[1]
     if missing < 0:
         return None
     if missing:
