@@ -123,10 +123,9 @@ class Run:
     def _stage(self, name: str, force: bool) -> StageResult:
         if self.task is None:
             raise BadInput("task: expected a Task to compute with, found none; Run(path, task)")
+        self.folder.configuration = {**self.reference, "run": str(self.path), **self.options.flat()}
         with opened(self.folder, self.task, self.options) as run:
-            result = STAGES[name](run, force)
-            self.folder.write_run_yaml({**self.reference, "run": str(self.path), **self.options.flat()})
-            return result
+            return STAGES[name](run, force)
 
     def _row(self, j: int) -> NDArray[np.float32]:
         scores = self.scores()

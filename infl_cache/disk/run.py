@@ -44,6 +44,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = Manifest.read(path / "manifest.json")
+        # What run.yaml says, written when a stage begins or goes on: a killed run knows its options.
+        self.configuration: Mapping[str, Any] = {}
         self._ledger: Ledger | None = None
 
     @property
@@ -120,31 +122,28 @@ class RunFolder:
             self.drop(OUTPUTS if foreign else (stage, *CHILDREN[stage]))
         self.check(stage, task, identity)
         entry = self.manifest.stages.get(stage)
-        return None if entry is None else entry["plan"]
+        if entry is None:
+            return None
+        self._write_run_yaml()
+        plan: dict[str, Any] = entry["plan"]
+        return plan
 
     def begin(self, stage: str, task: Identity, identity: Identity, plan: dict[str, Any]) -> None:
         """Write down what `stage` will be computed from and how its files are cut, before any of them."""
         self.drop((stage,))
-        self.manifest.task = task
-        self.manifest.stages[stage] = {"identity": identity, "fingerprint": fingerprint(identity), "plan": plan}
-        self._write_manifest()
+        self._enter(stage, task, identity, plan)
 
     def begin_store(
         self, stage: str, task: Identity, identity: Identity, plan: dict[str, Any],
         layouts: Iterable[ArrayLayout], codec: Codec,
     ) -> None:  # fmt: skip
-        """`begin`, for a stage whose output is a zarr store."""
+        """`begin`, for a stage whose output is a zarr store: the empty store comes first, then the claim on it."""
         layouts = tuple(layouts)
         self.drop((stage,))
         files = create_store(self.path / OUTPUTS[stage][0], layouts, codec)
-        self.manifest.task = task
-        stored = {
-            **plan,
-            "arrays": [dataclasses.asdict(layout) for layout in layouts],
-            "metadata": [dataclasses.asdict(file) for file in files],
-        }
-        self.manifest.stages[stage] = {"identity": identity, "fingerprint": fingerprint(identity), "plan": stored}
-        self._write_manifest()
+        arrays = [dataclasses.asdict(layout) for layout in layouts]
+        metadata = [dataclasses.asdict(file) for file in files]
+        self._enter(stage, task, identity, {**plan, "arrays": arrays, "metadata": metadata})
 
     def drop(self, stages: Iterable[str]) -> None:
         """Forget stages and remove their files: first the claim, then the files, so a crash between lies not."""
@@ -240,11 +239,6 @@ class RunFolder:
         self._writable.commit(record)
         return record
 
-    def write_run_yaml(self, resolved: Mapping[str, Any]) -> None:
-        """Keep the resolved configuration in a form that runs again as it is."""
-        head = "# Written by infl_cache. Runs again as it is: infl-cache run --config run.yaml\n"
-        write_atomically(self.path / "run.yaml", (head + yaml.safe_dump(dict(resolved), sort_keys=False)).encode())
-
     def record_file(self, name: str) -> FileRecord:
         """Size and checksum of a file of the folder."""
         return record_of_file(self.path, self.path / name)
@@ -255,8 +249,21 @@ class RunFolder:
             raise RuntimeError("the folder is changed only inside `with folder.writing()`")
         return self._ledger
 
+    def _enter(self, stage: str, task: Identity, identity: Identity, plan: dict[str, Any]) -> None:
+        self.manifest.task = task
+        chained = fingerprint({"task": task, "stage": identity})
+        self.manifest.stages[stage] = {"identity": identity, "fingerprint": chained, "plan": plan}
+        self._write_run_yaml()
+        self._write_manifest()
+
     def _write_manifest(self) -> None:
         self.manifest.write(self.path / "manifest.json")
+
+    def _write_run_yaml(self) -> None:
+        """Keep the resolved configuration in a form that runs again as it is."""
+        head = "# Written by infl_cache. Runs again as it is: infl-cache run --config run.yaml\n"
+        text = head + yaml.safe_dump(dict(self.configuration), sort_keys=False)
+        write_atomically(self.path / "run.yaml", text.encode())
 
     def _check_file(self, expected: FileRecord, recorder: Any, rows: str = "") -> None:
         file = self.path / expected.path

@@ -194,7 +194,7 @@ def _test_losses(run: Opened, batch: Batch) -> Tensor:
 def _stored(solution: Solution, captured: Captured, digests: Any, block: Block) -> tuple[dict[str, Any], list[int]]:
     """The block's arrays; rows that are not finite become NaN and are named."""
     value = solution.value.clone()
-    wrong = ~torch.isfinite(value).all(1)
+    wrong = ~(torch.isfinite(value).all(1) & torch.isfinite(solution.residual).to(value.device))
     value[wrong] = torch.nan
     arrays = {
         "s_test": value, "residual": solution.residual, "iterations": solution.iterations,

@@ -52,6 +52,7 @@ class CG:
             if iterations.max() >= self.max_iterations or not bool((residual[todo] < 0.5 * before).any()):
                 break
         residual[broken] = torch.nan
+        value[broken] = torch.nan
         converged = residual <= self.tolerance
         return Solution(value, residual, iterations, converged, self._reasons(converged, broken, indefinite))
 
