@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(error: Exception, code: int, debug: bool, text: str | None = None) -> int:
     if debug:
-        logging.getLogger("infl_cache").error("traceback", exc_info=error)
+        traceback.print_exception(error)
     print(f"infl-cache: {text or error}", file=sys.stderr)
     return code
 
@@ -115,23 +117,35 @@ def _stage_parser(name: str) -> ArgumentParser:
     made.add_argument("--config", type=str | None, help="a YAML or TOML file of options, e.g. RUN/run.yaml")
     made.add_argument("--force", action="store_true", help="start this stage, and what hangs on it, over")
     made.add_argument("--debug", action="store_true", help="show tracebacks")
-    hints = {section: get_type_hints(kind) for section, kind in SECTIONS.items()}
     groups = {
         section: made.add_argument_group((kind.__doc__ or "").split(".")[0]) for section, kind in SECTIONS.items()
     }
     for option, section, field in option_fields():
-        flag, hint = "--" + option.replace("_", "-"), hints[section][option]
-        text = (
-            f"{field.metadata['help']} (default: {field.default})"
-            if field.default is not None
-            else field.metadata["help"]
-        )
-        if hint is bool:
-            groups[section].add_argument(flag, action=ActionYesNo(no_prefix="no-"), default=None, help=text)
-        else:
-            kind = str if option == "memory" else hint
-            groups[section].add_argument(flag, type=kind | None, default=None, help=text)
+        _add_option(groups[section], option, get_type_hints(SECTIONS[section])[option], field)
     return made
+
+
+def _add_option(group: Any, option: str, hint: Any, field: dataclasses.Field[Any]) -> None:
+    """One option of `config`; the value itself is checked there, in the same words as for Python and files."""
+    flag, text = "--" + option.replace("_", "-"), field.metadata["help"]
+    if field.default is not None:
+        text += f" (default: {field.default})"
+    if hint is bool:
+        group.add_argument(flag, action=ActionYesNo(no_prefix="no-"), default=None, help=text)
+        return
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    metavar = "{" + ",".join(choices) + "}" if choices else option.upper()
+    group.add_argument(flag, type=_plain_value, default=None, help=text, metavar=metavar)
+
+
+def _plain_value(text: str) -> int | float | str:
+    """A number where the text is one, as in a configuration file."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _reader_parser(name: str) -> ArgumentParser:

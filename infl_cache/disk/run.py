@@ -96,8 +96,10 @@ class RunFolder:
     def _forget_unbegun(self) -> None:
         """Leave no trace of a run that was refused before its first stage began."""
         if not self.exists:
-            for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm"):
-                (self.path / name).unlink(missing_ok=True)
+            _remove(self.path / name for outputs in OUTPUTS.values() for name in outputs)
+            _remove(
+                self.path / name for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "run.yaml")
+            )
 
     def check(self, stage: str, task: Identity, identity: Identity) -> None:
         """Raise `ForeignRun` with every differing field unless the folder was made from these identities."""
@@ -147,16 +149,14 @@ class RunFolder:
 
     def drop(self, stages: Iterable[str]) -> None:
         """Forget stages and remove their files: first the claim, then the files, so a crash between lies not."""
+        stages = tuple(stages)
         present = [stage for stage in stages if stage in self.manifest.stages]
         for stage in stages:
             self._writable.clear(stage)
             self.manifest.stages.pop(stage, None)
         if present:
             self._write_manifest()
-        for stage in stages:
-            for name in OUTPUTS[stage]:
-                target = self.path / name
-                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        _remove(self.path / name for stage in stages for name in OUTPUTS[stage])
 
     def store(self, stage: str, mode: str = "r") -> Store:
         """The stage's zarr store, after its metadata files have been compared with the manifest."""
@@ -295,6 +295,15 @@ def disk_full_is_said(folder: Path) -> Iterator[None]:
             f"{folder}: the disk is full ({free:,} bytes free); make room and run the same command again,"
             " what was committed is kept"
         ) from error
+
+
+def _remove(targets: Iterable[Path]) -> None:
+    """Remove files and whole folders, those that are there."""
+    for target in targets:
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
 
 
 def array_bytes(records: Iterable[BlockRecord]) -> int:

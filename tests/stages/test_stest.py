@@ -1,0 +1,201 @@
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from infl_cache import BadInput, ForeignRun, IncompleteStore, Interrupted, Run
+from infl_cache.stages import stest as stage
+from tests import tasks
+from tests.tasks import TASKS
+from tests.twins import dense_ggn, dense_hessian, gradient_rows
+
+QUIET = {"progress": False}
+DENSE = {"ggn": dense_ggn, "hessian": dense_hessian}
+
+
+def dense_s_test(task, curvature, damping, measure=False):
+    matrix = DENSE[curvature](task)
+    matrix = matrix + (damping + task.weight_decay) * torch.eye(len(matrix), dtype=matrix.dtype)
+    rows = gradient_rows(task, range(len(task.test)), data="test", measure=measure)
+    return torch.linalg.solve(matrix, rows.T).T.numpy()
+
+
+def worst_row(found, expected):
+    return (np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)).max()
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("solver", ["exact", "cg"])
+@pytest.mark.parametrize("name", sorted(set(TASKS) - {"branching"}))
+def test_exact_and_cg_equal_a_dense_solve(name, solver, curvature, tmp_path):
+    task, damping = TASKS[name](), 0.05 if curvature == "ggn" else 5.0
+    run = Run(tmp_path / "r", task, solver=solver, curvature=curvature, damping=damping, tolerance=1e-9, **QUIET)
+    run.stest()
+    assert worst_row(run.s_test(slice(None)), dense_s_test(task, curvature, damping)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["logistic", "mlp", "tokens", "convnet"])
+def test_lissa_is_within_five_percent_with_options_it_chose_itself(name, tmp_path):
+    task = TASKS[name](n_train=150)
+    run = Run(tmp_path / "r", task, solver="lissa", damping=0.05, **QUIET)
+    run.stest()
+    assert worst_row(run.s_test(slice(None)), dense_s_test(task, "ggn", 0.05)) <= 0.05
+    assert column(run, "converged").all()
+
+
+@pytest.mark.parametrize("name", ["logistic", "mlp", "tokens", "convnet"])
+def test_float32_agrees_with_the_float64_dense_solve(name, tmp_path):
+    run = Run(tmp_path / "r", TASKS[name](torch.float32), damping=0.05, tolerance=1e-6, **QUIET)
+    run.stest()
+    assert worst_row(run.s_test(slice(None)), dense_s_test(TASKS[name](), "ggn", 0.05)) <= 1e-4
+
+
+def column(run, name):
+    store, every = run.folder.store("stest"), run.folder.stage_blocks("stest")
+    return np.concatenate([store.read_block(block, [name])[name] for block in every])
+
+
+def test_residual_iterations_and_convergence_are_stored_and_true(tmp_path):
+    task = tasks.mlp()
+    run = Run(tmp_path / "r", task, damping=0.05, tolerance=1e-3, test_block_rows=3, **QUIET)
+    run.stest()
+    matrix = (dense_ggn(task) + 0.05 * torch.eye(dense_ggn(task).shape[0])).numpy()
+    rhs = gradient_rows(task, range(4), data="test").numpy()
+    true = np.linalg.norm(run.s_test(slice(None)) @ matrix - rhs, axis=1) / np.linalg.norm(rhs, axis=1)
+    assert np.allclose(column(run, "residual"), true, rtol=1e-6, atol=1e-12)
+    assert column(run, "converged").all()
+    assert (column(run, "residual") <= 1e-3).all()
+    assert (column(run, "iterations") > 0).all()
+
+
+def test_rows_that_do_not_converge_are_stored_marked_and_reported(tmp_path):
+    run = Run(tmp_path / "r", tasks.mlp(), damping=1e-4, tolerance=1e-12, max_iterations=2, **QUIET)
+    result = run.stest()
+    assert not column(run, "converged").any()
+    assert "test samples 0, 1, 2, 3 did not converge" in result.notes[0]
+
+
+def test_weight_decay_and_measure_enter_the_system(tmp_path):
+    def margin(outputs, targets):
+        return outputs.gather(1, targets.unsqueeze(1)).squeeze(1)
+
+    task = tasks.mlp(weight_decay=0.3, measure=margin)
+    run = Run(tmp_path / "r", task, solver="exact", damping=0.02, **QUIET)
+    run.stest()
+    assert worst_row(run.s_test(slice(None)), dense_s_test(task, "ggn", 0.02, measure=True)) <= 1e-9
+    batch = task.collate([task.test[i] for i in range(4)])
+    losses = task.loss(task.model.eval()(batch[0]), batch[1]).detach()
+    assert np.allclose(column(run, "loss"), losses), "the stored loss is the loss, not the measure"
+
+
+def test_a_row_that_is_not_finite_is_named_never_done_and_the_others_go_on(tmp_path):
+    task = tasks.logistic()
+    task.test.tensors[0][2] = torch.inf
+    run = Run(tmp_path / "r", task, test_block_rows=2, damping=0.1, **QUIET)
+    with pytest.raises(IncompleteStore, match=r"NaN or Inf at test samples 2; the other 3 are done.*--nonfinite skip"):
+        run.stest()
+    rows = run.s_test(slice(None))
+    assert np.isnan(rows[2]).all()
+    clean = tasks.logistic()
+    expected = dense_s_test(clean, "ggn", 0.1)
+    assert worst_row(rows[[0, 1, 3]], expected[[0, 1, 3]]) <= 1e-3
+    with pytest.raises(IncompleteStore, match="test samples 2"):
+        Run(tmp_path / "r", task, **QUIET).stest()
+    assert Run(tmp_path / "r", task, nonfinite="skip", **QUIET).stest().rows == 4
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 4}, {"test_block_rows": 1}, {"workers": 1}])
+def test_results_do_not_depend_on_block_batch_or_workers(options, tmp_path):
+    task = tasks.mlp(n_train=31)
+    first, other = (
+        Run(tmp_path / name, task, damping=0.05, tolerance=1e-10, **given, **QUIET)
+        for name, given in (("a", {}), ("b", options))
+    )
+    first.stest(), other.stest()
+    assert worst_row(other.s_test(slice(None)), first.s_test(slice(None))) <= 1e-6
+
+
+def test_a_resumed_stage_computes_only_what_is_missing_and_the_same_bits(tmp_path, monkeypatch):
+    task = tasks.mlp(n_test=6)
+    options = {"damping": 0.05, "test_block_rows": 2, **QUIET}
+    Run(tmp_path / "calm", task, **options).stest()
+    original, calls = stage._right_hand_sides, []
+
+    def failing(run, forms, block):
+        calls.append(block.index)
+        if len(calls) == 2:
+            raise RuntimeError("the lights went out")
+        return original(run, forms, block)
+
+    monkeypatch.setattr(stage, "_right_hand_sides", failing)
+    with pytest.raises(RuntimeError, match="lights"):
+        Run(tmp_path / "r", task, **options).stest()
+    Run(tmp_path / "r", task, **options).stest()
+    assert calls == [0, 1, 1, 2]
+    for file in (p for p in (tmp_path / "calm" / "s_test.zarr").rglob("*") if p.is_file()):
+        assert file.read_bytes() == (tmp_path / "r" / file.relative_to(tmp_path / "calm")).read_bytes()
+
+
+def test_force_replaces_s_test_and_what_hangs_on_it_but_no_gradients(tmp_path):
+    run = Run(tmp_path / "r", tasks.mlp(), damping=0.1, **QUIET)
+    run.all()
+    gradients = {p: p.stat().st_mtime_ns for p in (tmp_path / "r" / "grad_z.zarr").rglob("*")}
+    other = Run(tmp_path / "r", tasks.mlp(), damping=0.2, **QUIET)
+    with pytest.raises(ForeignRun, match=r"damping: expected 0\.1, found 0\.2"):
+        other.stest()
+    assert (tmp_path / "r" / "influence.npy").exists()
+    other.stest(force=True)
+    assert not (tmp_path / "r" / "influence.npy").exists()
+    assert gradients == {p: p.stat().st_mtime_ns for p in (tmp_path / "r" / "grad_z.zarr").rglob("*")}
+    assert worst_row(other.s_test(slice(None)), dense_s_test(tasks.mlp(), "ggn", 0.2)) <= 1e-3
+
+
+def test_force_with_other_weights_does_not_remove_gradients(tmp_path):
+    Run(tmp_path / "r", tasks.mlp(), **QUIET).all()
+    other = tasks.mlp()
+    with torch.no_grad():
+        next(other.model.parameters()).mul_(1.5)
+    with pytest.raises(ForeignRun, match="weights"):
+        Run(tmp_path / "r", other, **QUIET).stest(force=True)
+    assert (tmp_path / "r" / "influence.npy").exists()
+    assert Run(tmp_path / "r", other, **QUIET).grads(force=True).computed == 10
+    assert not (tmp_path / "r" / "s_test.zarr").exists()
+
+
+def test_a_changed_test_sample_is_noticed(tmp_path):
+    task = tasks.mlp()
+    Run(tmp_path / "r", task, **QUIET).stest()
+    task.test.tensors[0][1, 0] += 1e-6
+    with pytest.raises(ForeignRun, match=r"test: expected|test\[1\]"):
+        Run(tmp_path / "r", task, **QUIET).stest()
+
+
+def test_options_that_were_chosen_once_hold_for_the_next_call(tmp_path):
+    Run(tmp_path / "r", tasks.mlp(), damping=0.3, solver="exact", memory="1GB", **QUIET).stest()
+    again = Run(tmp_path / "r", tasks.mlp(), **QUIET)
+    assert (again.options.stest.damping, again.options.stest.solver) == (0.3, "exact")
+    assert again.options.resources.memory is None
+    assert again.stest().computed == 0
+
+
+def test_a_signal_stops_a_long_solve_and_drops_only_the_block_in_flight(tmp_path, monkeypatch):
+    original, calls = stage._right_hand_sides, []
+
+    def signalled(run, forms, block):
+        calls.append(block.index)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, forms, block)
+
+    monkeypatch.setattr(stage, "_right_hand_sides", signalled)
+    with pytest.raises(Interrupted) as stopped:
+        Run(tmp_path / "r", tasks.mlp(), test_block_rows=1, **QUIET).stest()
+    assert stopped.value.exit_code == 143
+    assert Run(tmp_path / "r", tasks.mlp(), **QUIET).stest().computed == 3
+
+
+def test_exact_refuses_what_does_not_fit_into_memory(tmp_path):
+    with pytest.raises(BadInput, match=r"solver exact: expected [\d,]+ bytes .* found a budget of 20,000; give more"):
+        Run(tmp_path / "r", tasks.mlp(), solver="exact", memory=20_000, **QUIET).stest()
