@@ -38,7 +38,7 @@ status: $(STAMP) ## what is done, what is left, sizes, rates
 	$(BIN)/infl-cache status $(RUN)
 
 report: $(STAMP) ## the strongest training samples of some test samples: a table and a picture
-	$(BIN)/infl-cache report $(RUN) --task $(TASK) $(ARGS)
+	$(BIN)/infl-cache report $(RUN) --task $(TASK)
 
 export: $(STAMP) ## the finished matrix as json or csv: ARGS='--format csv --out FILE'
 	$(BIN)/infl-cache export $(RUN) $(ARGS)

@@ -1,12 +1,17 @@
-"""Files that are on the disk when we say so: fsync of data, of folders, and atomic replacement."""
+"""Files that are on the disk when we say so: fsync of data and folders, atomic replacement, and a disk that is full."""
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import google_crc32c
+
+from infl_cache.errors import DiskFull
 
 
 def sync_file(path: Path) -> None:
@@ -51,3 +56,27 @@ def crc32c(data: bytes) -> int:
     '0xe3069283'
     """
     return int(google_crc32c.value(data))
+
+
+def remove(targets: Iterable[Path]) -> None:
+    """Remove files and whole folders, those that are there."""
+    for target in targets:
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_full_is_said(folder: Path) -> Iterator[None]:
+    """Turn "no space left" from any depth into `DiskFull`; what was committed stays good."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(folder if folder.exists() else os.curdir).free
+        raise DiskFull(
+            f"{folder}: the disk is full ({free:,} bytes free); make room and run the same command again,"
+            " what was committed is kept"
+        ) from error

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +13,13 @@ from typing import Any
 import yaml
 
 from infl_cache.disk.codecs import Codec
-from infl_cache.disk.durable import write_atomically
+from infl_cache.disk.durable import disk_full_is_said, remove, write_atomically
 from infl_cache.disk.layout import ArrayLayout, Block, blocks
 from infl_cache.disk.ledger import BlockRecord, FileRecord, Ledger
 from infl_cache.disk.lock import only_writer
 from infl_cache.disk.manifest import Identity, Manifest, differences, fingerprint
 from infl_cache.disk.store import Array, Store, create_store, record_of_chunk, record_of_file
-from infl_cache.errors import BadInput, DamagedStore, DiskFull, ForeignRun, IncompleteStore
+from infl_cache.errors import BadInput, DamagedStore, ForeignRun, IncompleteStore
 
 # What a stage leaves in the run folder, and which stages hang on it.
 OUTPUTS = {
@@ -96,10 +94,8 @@ class RunFolder:
     def _forget_unbegun(self) -> None:
         """Leave no trace of a run that was refused before its first stage began."""
         if not self.exists:
-            _remove(self.path / name for outputs in OUTPUTS.values() for name in outputs)
-            _remove(
-                self.path / name for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "run.yaml")
-            )
+            remove(self.path / name for outputs in OUTPUTS.values() for name in outputs)
+            remove(self.path / name for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "run.yaml"))
 
     def check(self, stage: str, task: Identity, identity: Identity) -> None:
         """Raise `ForeignRun` with every differing field unless the folder was made from these identities."""
@@ -156,7 +152,7 @@ class RunFolder:
             self.manifest.stages.pop(stage, None)
         if present:
             self._write_manifest()
-        _remove(self.path / name for stage in stages for name in OUTPUTS[stage])
+        remove(self.path / name for stage in stages for name in OUTPUTS[stage])
 
     def store(self, stage: str, mode: str = "r") -> Store:
         """The stage's zarr store, after its metadata files have been compared with the manifest."""
@@ -282,33 +278,9 @@ class RunFolder:
             )
 
 
-@contextmanager
-def disk_full_is_said(folder: Path) -> Iterator[None]:
-    """Turn "no space left" from any depth into `DiskFull`; what was committed stays good."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(folder if folder.exists() else os.curdir).free
-        raise DiskFull(
-            f"{folder}: the disk is full ({free:,} bytes free); make room and run the same command again,"
-            " what was committed is kept"
-        ) from error
-
-
-def _remove(targets: Iterable[Path]) -> None:
-    """Remove files and whole folders, those that are there."""
-    for target in targets:
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        else:
-            target.unlink(missing_ok=True)
-
-
 def array_bytes(records: Iterable[BlockRecord]) -> int:
     """Bytes on disk of the committed blocks."""
     return sum(file.size for record in records for file in record.files)
 
 
-__all__ = ["CHILDREN", "OUTPUTS", "Array", "RunFolder", "array_bytes", "disk_full_is_said"]
+__all__ = ["CHILDREN", "OUTPUTS", "Array", "RunFolder", "array_bytes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import inspect
@@ -65,11 +66,7 @@ def _feed_code(hasher: Any, function: Any) -> None:
         hasher.update(weights_digest(function).encode() + repr(function).encode())
         return _feed_code(hasher, type(function).forward)
     function = inspect.unwrap(function)
-    try:
-        text = textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):
-        text = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-    hasher.update(text.encode())
+    hasher.update(_text_of(function).encode())
     _feed(hasher, getattr(function, "__defaults__", None))
     for cell in getattr(function, "__closure__", None) or ():
         try:
@@ -79,6 +76,22 @@ def _feed_code(hasher: Any, function: Any) -> None:
         if isinstance(value, (Tensor, np.ndarray, int, float, str, bool, tuple, list, dict)):
             _feed(hasher, value)
     return None
+
+
+def _text_of(function: Any) -> str:
+    """A function's source without comments and layout; its name where the source is not at hand."""
+    try:
+        text = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:  # a lambda in the middle of a call
+        return text
+    lambdas = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
+    if getattr(function, "__name__", "") == "<lambda>" and lambdas:
+        return "\n".join(ast.unparse(node) for node in lambdas)
+    return ast.unparse(tree)
 
 
 def _feed(hasher: Any, value: Any) -> None:

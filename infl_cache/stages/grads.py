@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from infl_cache.disk.codecs import Codec
-from infl_cache.disk.layout import ArrayLayout, Block, array_layout, blocks, choose_block_rows
+from infl_cache.disk.layout import ArrayLayout, Block, array_layout, choose_block_rows
 from infl_cache.disk.run import Array
 from infl_cache.errors import BadInput
 from infl_cache.maths.capture import Captured, Forms, capture, decide_forms
@@ -22,12 +22,12 @@ from infl_cache.stages.opening import (
     Opened,
     StageResult,
     block_digest,
-    check_stored_digests,
     log,
     options_identity,
     stored_dtype,
     summary,
 )
+from infl_cache.stages.same import check_against_store
 
 CHECKED_SAMPLES = 32
 MAX_BATCH = 256
@@ -47,8 +47,7 @@ def grads(run: Opened, force: bool = False) -> StageResult:
     forms = Forms.from_json(plan["forms"])
     done = run.folder.done("grads")
     todo = [block for block in run.folder.stage_blocks("grads") if block.index not in done]
-    if done:
-        check_against_store(run, "grads", "train", sorted(done))
+    check_against_store(run, "grads")
     if todo:
         if done:
             check_forms(run.task, forms, _first_samples(run, CHECKED_SAMPLES // 4))
@@ -175,20 +174,6 @@ def nonfinite_rows(block: Block, data: dict[str, Any]) -> tuple[list[int], int]:
             bad |= wrong.any(1)
             count += int(wrong.sum())
     return [block.start + int(row) for row in np.flatnonzero(bad)], count
-
-
-def check_against_store(run: Opened, stage: str, name: str, done: list[int]) -> None:
-    """Compare the data set with the digests that the store keeps of the samples it was computed from."""
-    store = run.folder.store(stage)
-    by_index = {
-        block.index: block for block in blocks(len(getattr(run.task, name)), run.folder.plan(stage)["block_rows"])
-    }
-    rows, digests = [], []
-    for index in done:
-        block = by_index[index]
-        rows.append(np.arange(block.start, block.stop))
-        digests.append(store.read_block(block, ["digest"])["digest"])
-    check_stored_digests(getattr(run.task, name), name, np.concatenate(rows).tolist(), np.concatenate(digests))
 
 
 def some(rows: list[int]) -> str:

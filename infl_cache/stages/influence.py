@@ -27,8 +27,9 @@ from infl_cache.maths import scores
 from infl_cache.maths.capture import Forms
 from infl_cache.progress import progress
 from infl_cache.stages import rank
-from infl_cache.stages.grads import check_against_store, some
+from infl_cache.stages.grads import some
 from infl_cache.stages.opening import Opened, StageResult, summary
+from infl_cache.stages.same import check_against_store
 
 FINAL, PARTIAL, RANKINGS = "influence.npy", "influence.partial.npy", "rankings.npz"
 TILE_COLUMNS = 4096
@@ -55,8 +56,8 @@ def influence(run: Opened, force: bool = False) -> StageResult:
     skipped_train, skipped_test = _require_parents(run)
     identity = {"grads": folder.fingerprint("grads"), "stest": folder.fingerprint("stest")}
     plan = folder.claim("influence", run.task_identity, identity, force)
-    check_against_store(run, "grads", "train", sorted(folder.done("grads")))
-    check_against_store(run, "stest", "test", sorted(folder.done("stest")))
+    check_against_store(run, "grads")
+    check_against_store(run, "stest")
     shape = (len(run.task.test), len(run.task.train))
     if plan is None:
         plan = _plan(run)

@@ -18,18 +18,17 @@ from numpy.typing import NDArray
 from infl_cache.config import Options
 from infl_cache.disk.manifest import Identity
 from infl_cache.disk.run import RunFolder, array_bytes
-from infl_cache.errors import BadInput, ForeignRun
+from infl_cache.errors import BadInput
 from infl_cache.interrupt import stop_between_blocks
-from infl_cache.maths.digest import code_digest, digest_of, sample_digest, weights_digest
+from infl_cache.maths.digest import code_digest, digest_of, weights_digest
 from infl_cache.maths.params import Parameters, select
 from infl_cache.maths.probe import check_data
-from infl_cache.maths.samples import fetch, spread
+from infl_cache.maths.samples import spread
 from infl_cache.maths.task import Task, evaluating
 
 log = logging.getLogger("infl_cache")
 
 DATA_PROBES = 32
-CHECK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,8 @@ def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
     device = choose_device(options.resources.device)
     parameters = select(task.model, task.parameters)
     with folder.writing(), stop_between_blocks() as check, evaluating(task.model, device):
-        yield Opened(
-            folder, task, options, parameters, device, memory_budget(options.resources.memory), check,
-            task_identity(task, parameters),
-        )  # fmt: skip
+        budget = memory_budget(options.resources.memory, device)
+        yield Opened(folder, task, options, parameters, device, budget, check, task_identity(task, parameters))
 
 
 def choose_device(name: str) -> torch.device:
@@ -84,9 +81,10 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def memory_budget(asked: int | None) -> int:
-    """Bytes a stage plans with: what was asked for, or a quarter of the machine's memory."""
-    return asked if asked is not None else psutil.virtual_memory().total // 4
+def memory_budget(asked: int | None, device: torch.device) -> int:
+    """Bytes a stage plans with: what was asked for, or a quarter of the RAM; at most half of what a GPU has free."""
+    budget = asked if asked is not None else psutil.virtual_memory().total // 4
+    return min(budget, torch.cuda.mem_get_info(device)[0] // 2) if device.type == "cuda" else budget
 
 
 def task_identity(task: Task, parameters: Parameters) -> Identity:
@@ -116,24 +114,6 @@ def test_identity(task: Task) -> Identity:
 def dataset_digest(dataset: Any, name: str) -> str:
     """A digest over samples spread through the data set, each fetched twice; refuses data that change."""
     return digest_of(check_data(dataset, name, spread(len(dataset), DATA_PROBES)))
-
-
-def check_stored_digests(dataset: Any, name: str, rows: Sequence[int], stored: NDArray[np.uint64]) -> None:
-    """`ForeignRun` naming the first sample that is not the one a stored row was computed from.
-
-    Goes through the rows spread over the data set until two seconds have passed; all of them where they suffice.
-    """
-    deadline = time.perf_counter() + CHECK_SECONDS
-    order = np.random.default_rng(0).permutation(len(rows))
-    for position in order:
-        index = int(rows[position])
-        if sample_digest(fetch(dataset, index, name)) != int(stored[position]):
-            raise ForeignRun(
-                f"{name}[{index}]: expected the sample that the stored rows were computed from, found another;"
-                " use another --run, or start this stage over with --force"
-            )
-        if time.perf_counter() > deadline:
-            return
 
 
 def block_digest(digests: NDArray[np.uint64]) -> str:

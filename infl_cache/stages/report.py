@@ -18,6 +18,7 @@ from infl_cache.maths.samples import fetch
 from infl_cache.maths.task import Task
 from infl_cache.stages import rank
 from infl_cache.stages.opening import log
+from infl_cache.stages.same import check_same_task
 
 SHOWN = 3
 NEIGHBOURS = 5
@@ -39,6 +40,8 @@ class Asked:
 def report(folder: RunFolder, task: Task | None = None) -> str:
     """The table as text; with a task whose samples are pictures, also `report/influence.png`."""
     folder.require_complete("influence")
+    if task is not None:
+        check_same_task(folder, task)
     asked = worst_test_samples(folder, SHOWN)
     labels = stored_column(folder, "grads", "target")
     names = task.classes if task is not None else None

@@ -21,7 +21,7 @@ from infl_cache.maths.solvers import Solution, make_solver
 from infl_cache.maths.solvers.exact import COLUMNS
 from infl_cache.maths.task import losses_of
 from infl_cache.progress import Bar, progress
-from infl_cache.stages.grads import CHECKED_SAMPLES, MAX_BATCH, check_against_store, some
+from infl_cache.stages.grads import CHECKED_SAMPLES, MAX_BATCH, some
 from infl_cache.stages.opening import (
     Opened,
     StageResult,
@@ -32,6 +32,7 @@ from infl_cache.stages.opening import (
     summary,
     test_identity,
 )
+from infl_cache.stages.same import check_against_store
 
 MAX_RIGHT_HAND_SIDES = 128
 # Vectors of n_params a right-hand side needs at once: itself, solution, residual, direction, product, vmap's own.
@@ -52,10 +53,9 @@ def stest(run: Opened, force: bool = False) -> StageResult:
     if run.folder.claim("stest", run.task_identity, identity, force) is None:
         _begin(run, identity)
     done = run.folder.done("stest")
-    if done:
-        check_against_store(run, "stest", "test", sorted(done))
+    check_against_store(run, "stest")
     if "grads" in run.folder.manifest.stages:
-        check_against_store(run, "grads", "train", sorted(run.folder.done("grads")))
+        check_against_store(run, "grads")
     todo = [b for b in run.folder.stage_blocks("stest") if b.index not in done or done[b.index].bad_rows]
     notes = _compute(run, todo, len(run.task.test) - sum(b.rows for b in todo)) if todo else []
     bad = [row for record in run.folder.records("stest").values() for row in record.bad_rows]

@@ -1,0 +1,83 @@
+"""Whether the task at hand is the one that the stored rows were computed from, sample by sample."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from infl_cache.disk.run import RunFolder
+from infl_cache.errors import ForeignRun
+from infl_cache.maths.digest import sample_digest
+from infl_cache.maths.probe import probe_batch
+from infl_cache.maths.samples import fetch, spread
+from infl_cache.maths.task import Task, losses_of
+from infl_cache.stages.opening import Opened
+
+CHECK_SECONDS = 2.0
+CHECKED_LOSSES = 8
+REMEDY = "use another --run, or start this stage over with --force"
+
+
+def check_against_store(run: Opened, stage: str) -> None:
+    """Compare data set and losses with what the finished blocks of a stage were computed from.
+
+    Raises `DamagedStore` if a block's files are not as committed, `ForeignRun` naming the first sample that differs.
+    """
+    done = run.folder.done(stage)
+    if not done:
+        return
+    name = "train" if stage == "grads" else "test"
+    store = run.folder.store(stage)
+    every = run.folder.stage_blocks(stage)
+    parts = [store.read_block(every[index], ["digest", "loss"]) for index in sorted(done)]
+    rows = np.concatenate([np.arange(every[index].start, every[index].stop) for index in sorted(done)])
+    check_digests(getattr(run.task, name), name, rows.tolist(), np.concatenate([part["digest"] for part in parts]))
+    check_losses(run.task, name, rows.tolist(), np.concatenate([part["loss"] for part in parts]), run.device)
+
+
+def check_digests(dataset: Any, name: str, rows: Sequence[int], stored: NDArray[Any]) -> None:
+    """`ForeignRun` naming the first sample found that is not the one a stored row was computed from.
+
+    Goes through the rows in random order until two seconds have passed; all of them where those suffice.
+    """
+    deadline = time.perf_counter() + CHECK_SECONDS
+    for position in np.random.default_rng(0).permutation(len(rows)):
+        index = int(rows[position])
+        if sample_digest(fetch(dataset, index, name)) != int(stored[position]):
+            raise ForeignRun(
+                f"{name}[{index}]: expected the sample that the stored rows were computed from, found another; {REMEDY}"
+            )
+        if time.perf_counter() > deadline:
+            return
+
+
+def check_losses(task: Task, name: str, rows: Sequence[int], stored: NDArray[Any], device: torch.device) -> None:
+    """`ForeignRun` if the loss of a stored sample is another now: whatever changed, the numbers are not the same."""
+    for position in spread(len(rows), CHECKED_LOSSES):
+        with torch.no_grad():
+            found = float(losses_of(task, probe_batch(task, [rows[position]], device, name))[1][0])
+        expected = float(stored[position])
+        if not np.isclose(found, expected, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise ForeignRun(
+                f"loss of {name}[{rows[position]}]: expected {expected:.6g} as stored, found {found:.6g};"
+                f" has the code of model or loss changed? {REMEDY}"
+            )
+
+
+def check_same_task(folder: RunFolder, task: Task) -> None:
+    """`ForeignRun` unless the samples of a task are those of a finished run; for commands that only show them."""
+    for stage, name in (("grads", "train"), ("stest", "test")):
+        rows = folder.plan(stage)["n_rows"]
+        if len(getattr(task, name)) != rows:
+            raise ForeignRun(
+                f"{name}: expected {rows} samples as in {folder.path}, found {len(getattr(task, name))};"
+                " give the --task that the run was made with"
+            )
+        store = folder.store(stage)
+        parts = [store.read_block(block, ["digest"])["digest"] for block in folder.stage_blocks(stage)]
+        check_digests(getattr(task, name), name, range(rows), np.concatenate(parts))
