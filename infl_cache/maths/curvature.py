@@ -10,19 +10,22 @@ linear), `H v` that of the gradient. Measured on an MLP of 536k parameters with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from infl_cache.errors import BadInput
 from infl_cache.maths.params import Parameters, flatten, unflatten
 from infl_cache.maths.samples import Batch, size_in_bytes
-from infl_cache.maths.task import Task, outputs_at, per_sample, values_of
+from infl_cache.maths.task import Task, blaming, outputs_at, per_sample, values_of
 
 Vectors = dict[str, Tensor]
 
@@ -68,40 +71,53 @@ class Curvature:
 
     def _product(self, batch: Batch, vectors: Tensor) -> Tensor:
         """The sum over one batch of `C_i v`, as (K, n_params)."""
-        data = batch.data
+        task, data, theta = self.task, batch.data, values_of(self.task.model, self.parameters)
         fixed: Vectors = {}
-        theta = values_of(self.task.model, self.parameters)
-        if self.dtype != next(iter(theta.values())).dtype:
-            data, theta, fixed = self._cast(data, theta)
+        own = next(iter(theta.values())).dtype
+        if self.dtype != own:
+            task, data, theta, fixed = self._cast(data, theta)
+        pieces, size = unflatten(self.parameters, vectors), len(batch.indices)
         # The fused attention kernels cannot be differentiated twice; the plain one can.
         with sdpa_kernel(SDPBackend.MATH):
-            single = (_ggn if self.kind == "ggn" else _hessian)(self.task, theta, fixed, data, len(batch.indices))
-            product = mapped_over_vectors(single, unflatten(self.parameters, vectors))
-        return flatten(self.parameters, product, leading=1)
+            try:
+                single = (_ggn if self.kind == "ggn" else _hessian)(task, theta, fixed, data, size)
+                found = vmap(single)(pieces)
+            except BadInput:
+                raise
+            except Exception as error:  # custom operations that torch.func or vmap has no rule for
+                if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+                    raise
+                with self._blaming(own):
+                    single = by_plain_autograd(self.kind, task, theta, fixed, data, size)
+                    each = [single({name: piece[k] for name, piece in pieces.items()}) for k in range(len(vectors))]
+                found = {name: torch.stack([one[name] for one in each]) for name in pieces}
+        return flatten(self.parameters, found, leading=1)
 
-    def _cast(self, data: Any, theta: Vectors) -> tuple[Any, Vectors, Vectors]:
-        """Batch, parameters and everything else of the model in `dtype`."""
+    @contextmanager
+    def _blaming(self, own: torch.dtype) -> Iterator[None]:
+        """Say whose failure it is, and what would help where the arithmetic is not the model's own."""
+        try:
+            with blaming("second derivative of the model or loss"):
+                yield
+        except BadInput as error:
+            if self.dtype == own:
+                raise
+            hint = f"--solve-dtype {str(own).removeprefix('torch.')}"
+            raise BadInput(f"the model or loss cannot be computed in {self.dtype}; use {hint}\n{error}") from error
+
+    def _cast(self, data: Any, theta: Vectors) -> tuple[Task, Any, Vectors, Vectors]:
+        """The task with its loss, the batch, the parameters and everything else of the model in `dtype`."""
 
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
-        model = self.task.model
+        model, loss = self.task.model, self.task.loss
+        if isinstance(loss, nn.Module):
+            loss = copy.deepcopy(loss).to(self.dtype)
         every = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         rest = {name: cast(value.detach()) for name, value in every.items() if name not in theta}
-        return tree_map_only(Tensor, cast, data), {name: cast(value) for name, value in theta.items()}, rest
-
-
-def mapped_over_vectors(function: Callable[[Vectors], Vectors], vectors: Vectors) -> Vectors:
-    """`function` of each of K vectors at once, or one by one where vmap has no rule for an operation."""
-    try:
-        found: Vectors = vmap(function)(vectors)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        count = len(next(iter(vectors.values())))
-        each = [function({name: value[k] for name, value in vectors.items()}) for k in range(count)]
-        found = {name: torch.stack([one[name] for one in each]) for name in vectors}
-    return found
+        cast_theta = {name: cast(value) for name, value in theta.items()}
+        return replace(self.task, loss=loss), tree_map_only(Tensor, cast, data), cast_theta, rest
 
 
 def _hessian(task: Task, theta: Vectors, fixed: Vectors, data: Any, size: int) -> Callable[[Vectors], Vectors]:
@@ -110,30 +126,79 @@ def _hessian(task: Task, theta: Vectors, fixed: Vectors, data: Any, size: int) -
     def total(values: Vectors) -> Tensor:
         return per_sample(task, outputs_at(task, {**fixed, **values}, data), data, size).sum()
 
-    pullback = _pullback(grad(total), theta)
-    return lambda v: pullback(v)
+    return _pullback(grad(total), theta)
 
 
 def _ggn(task: Task, theta: Vectors, fixed: Vectors, data: Any, size: int) -> Callable[[Vectors], Vectors]:
     """`v -> J^T (d2 loss / d outputs2) J v`, summed over the batch."""
-    rest: dict[str, Any] = {}
+    split = _Outputs(task, fixed, data, size)
+    outputs = split.floats(theta)
+    transposed = _pullback(split.floats, theta)
+    forward = _pullback(transposed, tuple(torch.zeros_like(each) for each in outputs))
+    of_loss = _pullback(grad(split.loss), outputs)
+    return lambda v: transposed(of_loss(forward(v)))
 
-    def differentiable_outputs(values: Vectors) -> tuple[Tensor, ...]:
-        leaves, rest["structure"] = tree_flatten(outputs_at(task, {**fixed, **values}, data))
-        rest["others"] = {i: leaf for i, leaf in enumerate(leaves) if not _differentiable(leaf)}
+
+class _Outputs:
+    """The model's outputs as a tuple of their float tensors, and the loss as a function of that tuple."""
+
+    def __init__(self, task: Task, fixed: Vectors, data: Any, size: int) -> None:
+        self._task, self._fixed, self._data, self._size = task, fixed, data, size
+        self._structure: Any = None
+        self._others: dict[int, Any] = {}
+
+    def floats(self, values: Vectors) -> tuple[Tensor, ...]:
+        outputs = outputs_at(self._task, {**self._fixed, **values}, self._data)
+        leaves, self._structure = tree_flatten(outputs)
+        self._others = {i: leaf for i, leaf in enumerate(leaves) if not _differentiable(leaf)}
+        if len(self._others) == len(leaves):
+            raise BadInput(
+                f"outputs: expected a float tensor, or tuples, lists or dicts of them, found {type(outputs).__name__};"
+                " use --curvature hessian, or a forward= that returns tensors"
+            )
         return tuple(leaf for leaf in leaves if _differentiable(leaf))
 
-    def total(outputs: tuple[Tensor, ...]) -> Tensor:
-        own, others = iter(outputs), rest["others"]
-        count = len(outputs) + len(others)
-        whole = tree_unflatten([others[i] if i in others else next(own) for i in range(count)], rest["structure"])
-        return per_sample(task, whole, data, size).sum()
+    def loss(self, floats: tuple[Tensor, ...]) -> Tensor:
+        own, others = iter(floats), self._others
+        count = len(floats) + len(others)
+        leaves = [others[i] if i in others else next(own) for i in range(count)]
+        return per_sample(self._task, tree_unflatten(leaves, self._structure), self._data, self._size).sum()
 
-    outputs = differentiable_outputs(theta)
-    transposed = _pullback(differentiable_outputs, theta)
-    forward = _pullback(transposed, tuple(torch.zeros_like(each) for each in outputs))
-    of_loss = _pullback(grad(total), outputs)
-    return lambda v: transposed(of_loss(forward(v)))
+
+def by_plain_autograd(
+    kind: str, task: Task, theta: Vectors, fixed: Vectors, data: Any, size: int
+) -> Callable[[Vectors], Vectors]:
+    """The same products one vector at a time by double backward, for operations that `torch.func` does not know."""
+    theta = {name: value.detach().clone().requires_grad_(True) for name, value in theta.items()}
+    at = tuple(theta.values())
+    split = _Outputs(task, fixed, data, size)
+
+    def derivative(
+        of: Sequence[Tensor], by: Sequence[Tensor], along: Sequence[Tensor], again: bool = False
+    ) -> list[Tensor]:
+        found = torch.autograd.grad(of, by, along, create_graph=again, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(b) if f is None else f for f, b in zip(found, by, strict=True)]
+
+    with torch.enable_grad():
+        if kind == "hessian":
+            loss = per_sample(task, outputs_at(task, {**fixed, **theta}, data), data, size).sum()
+            gradient = derivative([loss], at, [torch.ones_like(loss)], again=True)
+            attached = [g if g.requires_grad else g + 0 * a for g, a in zip(gradient, at, strict=True)]
+            return lambda v: dict(zip(theta, derivative(attached, at, [v[name] for name in theta]), strict=True))
+        outputs = split.floats(theta)
+        leaves = tuple(each.detach().requires_grad_(True) for each in outputs)
+        loss = split.loss(leaves)
+        of_loss = derivative([loss], leaves, [torch.ones_like(loss)], again=True)
+        of_loss = [g if g.requires_grad else g + 0 * leaf for g, leaf in zip(of_loss, leaves, strict=True)]
+        zeros = [torch.zeros_like(each, requires_grad=True) for each in outputs]
+        transposed = derivative(outputs, at, zeros, again=True)
+        attached = [t if t.requires_grad else t + 0 * a for t, a in zip(transposed, at, strict=True)]
+
+    def product(v: Vectors) -> Vectors:
+        forward = derivative(attached, zeros, [v[name] for name in theta])
+        return dict(zip(theta, derivative(outputs, at, derivative(of_loss, leaves, forward)), strict=True))
+
+    return product
 
 
 def _pullback(function: Callable[[Any], Any], at: Any) -> Callable[[Any], Any]:

@@ -37,45 +37,61 @@ def digest_of(values: Iterable[Any]) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A digest over every parameter and buffer: name, type, shape and bits."""
+    """A digest over every parameter and buffer, saved with the model or not: name, type, shape and bits."""
     hasher = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         hasher.update(name.encode())
-        if isinstance(tensor, Tensor):
-            _feed(hasher, tensor)
+        _feed(hasher, tensor)
     return hasher.hexdigest()
 
 
 def code_digest(function: Callable[..., Any] | None) -> str:
-    """What a function does, as far as its text tells: source, defaults, closed-over values; state of a module.
+    """What a function does, as far as its text tells: source, defaults, what it closes over, the object it belongs to.
 
     Two lambdas of the same text are the same; a function whose source is not at hand goes by its name.
     """
     if function is None:
         return "default"
     hasher = hashlib.blake2b(digest_size=16)
-    _feed_code(hasher, function)
+    _feed_code(hasher, function, set())
     return hasher.hexdigest()
 
 
-def _feed_code(hasher: Any, function: Any) -> None:
+def _feed_code(hasher: Any, function: Any, seen: set[int]) -> None:
+    if id(function) in seen:
+        return
+    seen.add(id(function))
     if isinstance(function, functools.partial):
         _feed(hasher, (function.args, sorted(function.keywords.items())))
-        return _feed_code(hasher, function.func)
-    if isinstance(function, nn.Module):
-        hasher.update(weights_digest(function).encode() + repr(function).encode())
-        return _feed_code(hasher, type(function).forward)
-    function = inspect.unwrap(function)
+        _feed_code(hasher, function.func, seen)
+    elif isinstance(function, nn.Module):
+        hasher.update(weights_digest(function).encode())
+        for name, module in function.named_modules():
+            plain = {key: value for key, value in vars(module).items() if key[0] != "_" and key != "training"}
+            _feed(hasher, (name, type(module).__qualname__, dict(sorted(plain.items()))))
+            _feed_code(hasher, type(module).forward, seen)
+    elif inspect.ismethod(function):
+        _feed(hasher, function.__self__)
+        _feed_code(hasher, function.__func__, seen)
+    elif not inspect.isroutine(function) and not isinstance(function, type):
+        _feed(hasher, function)
+        _feed_code(hasher, type(function).__call__, seen)
+    else:
+        _feed_function(hasher, inspect.unwrap(function), seen)
+
+
+def _feed_function(hasher: Any, function: Any, seen: set[int]) -> None:
     hasher.update(_text_of(function).encode())
-    _feed(hasher, getattr(function, "__defaults__", None))
+    _feed(hasher, (getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)))
     for cell in getattr(function, "__closure__", None) or ():
         try:
             value = cell.cell_contents
         except ValueError:  # a closed-over name that is not bound yet
             continue
-        if isinstance(value, (Tensor, np.ndarray, int, float, str, bool, tuple, list, dict)):
+        if callable(value):
+            _feed_code(hasher, value, seen)
+        elif isinstance(value, (Tensor, np.ndarray, int, float, str, bool, tuple, list, dict)):
             _feed(hasher, value)
-    return None
 
 
 def _text_of(function: Any) -> str:
@@ -114,10 +130,30 @@ def _feed(hasher: Any, value: Any) -> None:
         hasher.update(f"L{len(value)}".encode())
         for each in value:
             _feed(hasher, each)
-    elif hasattr(value, "__array__"):  # pictures and the like
+    elif isinstance(value, (set, frozenset)):
+        hasher.update(f"S{len(value)}".encode())
+        for digest in sorted(map(sample_digest, value)):
+            hasher.update(digest.to_bytes(8, "little"))
+    elif hasattr(value, "__array__") or hasattr(value, "__array_interface__"):  # pictures and the like
         _feed(hasher, np.asarray(value))
-    elif hasattr(value, "__dict__"):
-        hasher.update(f"O{type(value).__qualname__}".encode())
-        _feed(hasher, dict(sorted(vars(value).items())))
     else:
+        _feed_object(hasher, value)
+
+
+def _feed_object(hasher: Any, value: Any) -> None:
+    """Any other object by what it holds, never by where it lives."""
+    hasher.update(f"O{type(value).__qualname__}".encode())
+    slots = [name for kind in type(value).__mro__ for name in _names(getattr(kind, "__slots__", ()))]
+    held = {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots if hasattr(value, name)}}
+    if held:
+        _feed(hasher, dict(sorted(held.items())))
+    elif callable(value):
+        hasher.update(getattr(value, "__qualname__", "").encode())
+    elif "__repr__" in {name for kind in type(value).__mro__[:-1] for name in vars(kind)}:
         hasher.update(repr(value).encode())
+
+
+def _names(slots: str | Iterable[str]) -> list[str]:
+    """Names of slots that hold data."""
+    names = [slots] if isinstance(slots, str) else list(slots)
+    return [name for name in names if name not in ("__dict__", "__weakref__")]

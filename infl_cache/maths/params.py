@@ -95,6 +95,6 @@ def unflatten(parameters: Parameters, vectors: Tensor) -> dict[str, Tensor]:
     pieces = torch.split(vectors, list(parameters.sizes), dim=-1)
     lead = vectors.shape[:-1]
     return {
-        name: piece.reshape(*lead, *shape)
+        name: piece.reshape((*lead, *shape))
         for name, shape, piece in zip(parameters.names, parameters.shapes, pieces, strict=True)
     }

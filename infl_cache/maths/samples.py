@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,12 @@ Collate = Callable[[list[Any]], Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples `indices` of a dataset, collated; `digests` holds 64 bits of each sample as it was fetched."""
+    """Samples `indices` of a dataset, collated; `digests` holds 64 bits of each sample, `first` is the first one."""
 
     indices: Sequence[int]
     data: Any
     digests: NDArray[np.uint64]
+    first: Any
 
 
 def fetch(dataset: Any, index: int, name: str) -> Any:
@@ -54,7 +55,7 @@ def batches(
     for batch in loaded:
         if isinstance(batch, BadInput):
             raise batch
-        yield Batch(batch.indices, to_device(batch.data, device), batch.digests)
+        yield replace(batch, data=to_device(batch.data, device))
 
 
 class _Groups(TorchDataset[Any]):
@@ -67,7 +68,7 @@ class _Groups(TorchDataset[Any]):
         try:
             samples = [fetch(self.dataset, index, self.name) for index in group]
             digests = np.array([sample_digest(sample) for sample in samples], np.uint64)
-            return Batch(group, _collated(self.collate, samples, self.name, group), digests)
+            return Batch(group, _collated(self.collate, samples, self.name, group), digests, samples[0])
         except BadInput as error:  # worker processes cannot raise through torch's loader without losing the message
             return BadInput(str(error))
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset, default_collate
 
 from infl_cache.errors import BadInput
 from infl_cache.maths.params import Parameters
@@ -74,8 +75,8 @@ class Task:
             raise BadInput(f"model: expected a torch.nn.Module, found {type(self.model).__name__}")
         for name in ("train", "test"):
             _check_dataset(getattr(self, name), name)
-        for name in ("loss", "collate", "forward", "targets"):
-            if not callable(getattr(self, name)):
+        for name in ("loss", "measure", "collate", "forward", "targets"):
+            if not callable(getattr(self, name)) and not (name == "measure" and self.measure is None):
                 raise BadInput(f"{name}: expected a function, found {type(getattr(self, name)).__name__}")
         if not (isinstance(self.weight_decay, (int, float)) and 0 <= self.weight_decay < float("inf")):
             raise BadInput(f"weight_decay: expected a number of at least 0, found {self.weight_decay!r}")
@@ -85,7 +86,9 @@ def _check_dataset(dataset: Any, name: str) -> None:
     if isinstance(dataset, torch.utils.data.DataLoader):
         raise BadInput(f"{name}: expected a dataset addressed by index, found a DataLoader; give its .dataset")
     for method in ("__len__", "__getitem__"):
-        if not hasattr(type(dataset), method):
+        own = getattr(type(dataset), method, None)
+        # torch's base class has an index that only says that there is none.
+        if own is None or isinstance(dataset, IterableDataset) or own is TorchDataset.__getitem__:
             raise BadInput(
                 f"{name}: expected a dataset with a length and an index, found {type(dataset).__name__}"
                 f" without {method}; make it map-style, e.g. list(dataset)"

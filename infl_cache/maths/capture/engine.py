@@ -38,13 +38,17 @@ def capture(task: Task, forms: Forms, batch: Batch, measure: bool = False) -> Ca
     more positions than the plan has room for.
     """
     size = len(batch.indices)
-    device = next(task.model.parameters()).device
-    with linear.recording(task.model, [layer.module for layer in forms.layers], device) as tape, torch.enable_grad():
+    like = next(task.model.parameters())
+    with (
+        linear.recording(task.model, [layer.module for layer in forms.layers], like.device) as tape,
+        torch.enable_grad(),
+    ):
         outputs, losses = losses_of(task, batch, measure)
         if forms.layers and losses.requires_grad:
+            tape.running = False
             with blaming("backward of the loss"):
                 torch.autograd.grad(losses.sum(), tape.anchor)
-    found = {layer.key: _factors(tape, layer, batch, layer in forms.factored) for layer in forms.layers}
+    found = {layer.key: _factors(tape, layer, batch, layer in forms.factored, like) for layer in forms.layers}
     pieces: dict[str, Tensor] = {}
     for layer in forms.expanded:
         pieces.update(_expanded(layer, *found.pop(layer.key)))
@@ -69,10 +73,13 @@ def rows_of(forms: Forms, captured_factors: dict[str, tuple[Tensor, Tensor]], de
     return torch.cat([pieces[name] for name in forms.parameters.names], dim=1)
 
 
-def _factors(tape: linear.Tape, layer: Layer, batch: Batch, stored: bool) -> tuple[Tensor, Tensor]:
+def _factors(tape: linear.Tape, layer: Layer, batch: Batch, stored: bool, like: Tensor) -> tuple[Tensor, Tensor]:
     """The layer's factors, with exactly the positions that the store has room for if they are to be stored."""
     calls = tape.calls.get(layer.module, [])
-    found = linear.factors(calls, len(batch.indices), layer.positions if stored else None) if calls else None
+    if not calls:  # this batch went another way through the model
+        shape = (len(batch.indices), layer.positions)
+        return like.new_zeros(*shape, layer.n_in), like.new_zeros(*shape, layer.n_out)
+    found = linear.factors(calls, len(batch.indices), layer.positions if stored else None)
     if found is None:
         shapes = [tuple(call.input.shape) for call in calls]
         raise BadInput(

@@ -45,6 +45,8 @@ class Tape:
     def __init__(self, anchor: Tensor) -> None:
         self.anchor = anchor
         self.calls: dict[str, list[Call]] = {}
+        # Off during the backward pass: activation checkpoints run parts of the model once more, as they did before.
+        self.running = True
 
 
 @contextmanager
@@ -54,9 +56,10 @@ def recording(model: nn.Module, modules: Sequence[str], device: torch.device) ->
     handles = []
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            call = Call(inputs[0].detach(), output.shape)
-            tape.calls.setdefault(name, []).append(call)
+        def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+            call = Call((args[0] if args else named["input"]).detach(), output.shape)
+            if tape.running:
+                tape.calls.setdefault(name, []).append(call)
             probed: Tensor = _Probe.apply(output, tape.anchor, call)  # type: ignore[no-untyped-call]
             return probed
 
@@ -64,7 +67,7 @@ def recording(model: nn.Module, modules: Sequence[str], device: torch.device) ->
 
     try:
         for name in modules:
-            handles.append(model.get_submodule(name).register_forward_hook(watch(name)))
+            handles.append(model.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True))
         yield tape
     finally:
         for handle in handles:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from infl_cache.maths.params import Parameters, flatten
 from infl_cache.maths.samples import Batch
@@ -14,13 +15,9 @@ from infl_cache.maths.task import Task, outputs_at, per_sample, reference_gradie
 
 
 def mapped_gradients(task: Task, parameters: Parameters, batch: Batch, measure: bool) -> dict[str, Tensor]:
-    """Gradients `(B, *shape)` of the given parameters, one vmap over the samples of the batch.
-
-    Every tensor of the batch whose first axis is B is taken apart by sample; the rest is shared.
-    """
-    size = len(batch.indices)
+    """Gradients `(B, *shape)` of the given parameters, one vmap over the samples of the batch."""
     leaves, structure = tree_flatten(batch.data)
-    split = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.shape[:1] == (size,)]
+    split = per_sample_leaves(task, batch)
 
     def loss_of_one(values: dict[str, Tensor], *own: Tensor) -> Tensor:
         one = list(leaves)
@@ -30,8 +27,24 @@ def mapped_gradients(task: Task, parameters: Parameters, batch: Batch, measure: 
         return per_sample(task, outputs_at(task, values, data), data, 1, measure)[0]
 
     gradient = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, *[0] * len(split)))
-    found: dict[str, Tensor] = gradient(values_of(task.model, parameters), *[leaves[index] for index in split])
+    with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused attention kernels
+        found: dict[str, Tensor] = gradient(values_of(task.model, parameters), *[leaves[index] for index in split])
     return found
+
+
+def per_sample_leaves(task: Task, batch: Batch) -> list[int]:
+    """Which leaves of the batch hold one entry a sample along their first axis; the others are shared.
+
+    A shared tensor may happen to be as long as the batch, so the first sample is collated once and twice:
+    what is its own grows from one entry to two.
+    """
+    once, twice = (dict(tree_flatten_with_path(task.collate([batch.first] * count))[0]) for count in (1, 2))
+
+    def grows(path: Any) -> bool:
+        a, b = once.get(path), twice.get(path)
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape[:1] == (1,) and b.shape[:1] == (2,)
+
+    return [index for index, (path, _) in enumerate(tree_flatten_with_path(batch.data)[0]) if grows(path)]
 
 
 def looped_gradients(task: Task, parameters: Parameters, batch: Batch, measure: bool) -> Tensor:

@@ -40,7 +40,8 @@ def solve(operator: Operator, rhs: Tensor, options: Solver) -> Solution:
     Example:
         >>> import torch
         >>> matrix = torch.tensor([[2.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
-        >>> solve(lambda v: v @ matrix, torch.ones(1, 2, dtype=torch.float64), CG()).value.tolist()
-        [[0.5, 0.25]]
+        >>> found = solve(lambda v: v @ matrix, torch.ones(1, 2, dtype=torch.float64), CG())
+        >>> [round(each, 9) for each in found.value[0].tolist()]
+        [0.5, 0.25]
     """
     return options.prepare(operator)(rhs)

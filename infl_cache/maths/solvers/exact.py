@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from infl_cache.errors import BadInput
 from infl_cache.maths.solvers.base import Operator, Solution, relative_residual
 
 MAX_PARAMETERS = 20_000
+SINGULAR = "the matrix is singular or nearly so; use more damping"
 COLUMNS = 256
 
 
@@ -38,7 +40,8 @@ class Exact:
             residual = relative_residual(lambda v: operator(v.to(rhs.dtype)).double(), value, rhs.double())
             fine = residual <= (1e-6 if rhs.dtype == torch.float64 else 1e-3)
             reasons = tuple(
-                "" if ok else "the matrix is singular or nearly so; use more damping" for ok in fine.tolist()
+                "" if ok else SINGULAR if math.isfinite(r) else "not finite"
+                for ok, r in zip(fine.tolist(), residual.tolist(), strict=True)
             )
             return Solution(value, residual, torch.ones(len(rhs), dtype=torch.int64), fine, reasons)
 

@@ -1,0 +1,286 @@
+"""LiSSA: within its tolerance of the dense solution, the paper's recursion, honest about divergence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from infl_cache.maths.curvature import largest_eigenvalue
+from infl_cache.maths.solvers import LiSSA, solve
+from tests.driving import operator_of
+from tests.tasks import TASKS, logistic, mlp, normal, squared_error
+from tests.twins import dense_ggn, gradient_rows, relative_error
+
+
+def identity(task):
+    return torch.eye(sum(parameter.numel() for parameter in task.model.parameters()), dtype=torch.float64)
+
+
+def dense_solution(task, damping, rhs):
+    matrix = dense_ggn(task) + (damping + task.weight_decay) * identity(task)
+    return torch.linalg.solve(matrix, rhs.T).T
+
+
+WHOLE = [
+    ("logistic", 60, 0.02),
+    ("mlp", 60, 0.05),
+    ("badly_scaled", 60, 0.3),
+    ("tokens", 40, 0.3),
+    ("inplace", 40, 0.1),
+    ("tied", 40, 0.5),
+    ("multilabel", 60, 0.02),
+]
+
+
+@pytest.mark.parametrize(("name", "n_train", "damping"), WHOLE, ids=lambda value: str(value))
+def test_solutions_are_near_the_dense_ones_with_options_it_chooses(name, n_train, damping):
+    task = TASKS[name](n_train=n_train)
+    rhs = gradient_rows(task, range(3), data="test")
+    with operator_of(task, damping=damping) as operator:
+        found = solve(operator, rhs, LiSSA())
+    assert relative_error(found.value, dense_solution(task, damping, rhs)) < 0.05
+    assert found.converged.all()
+    assert found.reasons == ("", "", "")
+
+
+SAMPLED = [("logistic", 400, 0.05), ("mlp", 300, 0.05), ("badly_scaled", 200, 1.0), ("regression", 300, 0.2)]
+
+
+@pytest.mark.parametrize(("name", "n_train", "damping"), SAMPLED, ids=lambda value: str(value))
+def test_solutions_from_sampled_batches_are_near_the_dense_ones(name, n_train, damping):
+    task = TASKS[name](n_train=n_train)
+    rhs = gradient_rows(task, range(3), data="test")
+    picked = []
+    with operator_of(task, damping=damping, size=256) as operator:
+        pick = operator.pick
+        object.__setattr__(operator, "pick", lambda indices: picked.append(len(indices)) or pick(indices))
+        found = solve(operator, rhs, LiSSA())
+        expected = torch.linalg.solve(operator(identity(task)), rhs.T).T
+    assert picked[0] == 128
+    assert relative_error(found.value, expected) < 0.05
+    assert found.converged.all()
+
+
+def test_float32_does_too():
+    task = mlp(torch.float32, n_train=60)
+    rhs = gradient_rows(task, range(3), data="test")
+    with operator_of(task, damping=0.05) as operator:
+        found = solve(operator, rhs, LiSSA())
+    assert found.value.dtype == torch.float32
+    exact = mlp(n_train=60)
+    expected = dense_solution(exact, 0.05, gradient_rows(exact, range(3), data="test"))
+    assert relative_error(found.value, expected) < 0.05
+    assert found.converged.all()
+
+
+def test_weight_decay_counts_as_damping():
+    task = mlp(n_train=40, weight_decay=0.1)
+    rhs = gradient_rows(task, range(2), data="test")
+    with operator_of(task) as operator:
+        found = solve(operator, rhs, LiSSA())
+    assert relative_error(found.value, dense_solution(task, 0.0, rhs)) < 0.05
+    assert found.converged.all()
+
+
+def test_without_damping_it_still_solves_a_system_that_is_definite():
+    # A linear model and the squared error: with more samples than features no direction is flat.
+    task = logistic(n_train=40, loss=lambda outputs, targets: squared_error(outputs, F.one_hot(targets, 3)))
+    rhs = gradient_rows(task, range(2), data="test")
+    with operator_of(task) as operator:
+        found = solve(operator, rhs, LiSSA(tolerance=1e-4))
+    assert relative_error(found.value, dense_solution(task, 0.0, rhs)) < 0.01
+    assert found.converged.all()
+
+
+@pytest.mark.parametrize("depth", [1, 7, 20, 37])
+def test_the_recursion_is_that_of_the_paper(depth):
+    task, damping, scale = mlp(n_train=30, weight_decay=0.01), 0.1, 3.0
+    rhs = gradient_rows(task, range(2), data="test")
+    matrix = dense_ggn(task) + 0.11 * identity(task)
+    expected = []
+    for v in rhs:
+        h = v
+        for _ in range(depth):
+            h = v + h - matrix @ h / scale  # h <- v + (I - H) h, with H and v over the scale
+        expected.append(h / scale)
+    with operator_of(task, damping=damping) as operator:
+        found = solve(operator, rhs, LiSSA(tolerance=1e-12, scale=scale, depth=depth))
+    assert relative_error(found.value, torch.stack(expected)) < 1e-12
+    assert found.iterations.tolist() == [depth, depth]
+    assert not found.converged.any()
+
+
+def sampled_run(seed=42, repeats=1, depth=5):
+    """A run on sampled batches of 40: the indices of each, the solution, and the dense matrix of each sample."""
+    task = logistic(n_train=150)
+    rhs = gradient_rows(task, range(2), data="test")
+    picked = []
+    with operator_of(task, damping=0.1) as operator:
+        pick = operator.pick
+        object.__setattr__(operator, "pick", lambda indices: picked.append(list(indices)) or pick(indices))
+        options = LiSSA(1e-12, scale=2.0, depth=depth, sample_batch=40, seed=seed, repeats=repeats)
+        found = solve(operator, rhs, options)
+    return task, rhs, picked, found
+
+
+def test_sampled_batches_are_distinct_samples_and_enter_the_recursion_as_their_mean():
+    task, rhs, picked, found = sampled_run()
+    assert len(picked) == 5
+    assert all(len(set(indices)) == len(indices) == 40 and set(indices) <= set(range(150)) for indices in picked)
+    assert len({tuple(sorted(indices)) for indices in picked}) == 5
+    h = rhs
+    for indices in picked:
+        batch = logistic(train=[task.train[i] for i in indices])
+        matrix = dense_ggn(batch) + 0.1 * identity(task)
+        h = rhs + h - h @ matrix / 2.0
+    assert relative_error(found.value, h / 2.0) < 1e-12
+
+
+def test_a_seed_gives_the_same_numbers_and_another_seed_others():
+    state = torch.get_rng_state()
+    one, again, other = sampled_run()[3], sampled_run()[3], sampled_run(seed=43)[3]
+    assert torch.equal(one.value, again.value)
+    assert relative_error(other.value, one.value) > 1e-4
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_repeats_are_averaged():
+    runs = [sampled_run(seed=seed)[3] for seed in (42, 43, 44)]
+    together = sampled_run(repeats=3)[3]
+    assert relative_error(together.value, sum(run.value for run in runs) / 3) < 1e-13
+    assert together.iterations.tolist() == [15, 15]
+
+
+def test_the_residual_is_the_true_one():
+    task = mlp(n_train=40)
+    rhs = gradient_rows(task, range(3), data="test")
+    with operator_of(task, damping=0.1) as operator:
+        found = solve(operator, rhs, LiSSA())
+    matrix = dense_ggn(task) + 0.1 * identity(task)
+    true = (found.value @ matrix - rhs).norm(dim=1) / rhs.norm(dim=1)
+    torch.testing.assert_close(found.residual, true, rtol=1e-9, atol=1e-15)
+
+
+def test_the_stopping_bound_is_above_the_true_error():
+    task = mlp(n_train=40)
+    rhs = gradient_rows(task, range(3), data="test")
+    for tolerance in (0.3, 0.05, 0.001):
+        with operator_of(task, damping=0.1) as operator:
+            found = solve(operator, rhs, LiSSA(tolerance=tolerance))
+        assert found.converged.all()
+        assert relative_error(found.value, dense_solution(task, 0.1, rhs)) < tolerance
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.45])
+@pytest.mark.parametrize("sample_batch", [None, 16])
+def test_too_small_a_scale_is_reported_and_never_taken_for_converged(fraction, sample_batch):
+    task = logistic(n_train=40)
+    rhs = gradient_rows(task, range(3), data="test")
+    with operator_of(task, damping=0.1) as operator:
+        largest = largest_eigenvalue(operator, rhs.shape[1], rhs[:1])
+        found = solve(operator, rhs, LiSSA(scale=fraction * largest, depth=3000, sample_batch=sample_batch))
+        true = (operator(found.value) - rhs).norm(dim=1) / rhs.norm(dim=1)
+    assert not found.converged.any()
+    assert all(found.reasons)
+    torch.testing.assert_close(found.residual, true)
+
+
+def test_a_scale_above_half_the_largest_eigenvalue_converges_too():
+    task = logistic(n_train=40)
+    rhs = gradient_rows(task, range(3), data="test")
+    with operator_of(task, damping=0.1) as operator:
+        largest = largest_eigenvalue(operator, rhs.shape[1], rhs[:1])
+        found = solve(operator, rhs, LiSSA(scale=0.6 * largest))
+    assert relative_error(found.value, dense_solution(task, 0.1, rhs)) < 0.05
+    assert found.converged.all()
+
+
+def test_an_estimate_of_the_scale_that_is_too_small_is_doubled(monkeypatch):
+    monkeypatch.setattr("infl_cache.maths.solvers.lissa.largest_eigenvalue", lambda *arguments: 0.01)
+    task = logistic(n_train=40)
+    rhs = gradient_rows(task, range(3), data="test")
+    with operator_of(task, damping=0.1) as operator:
+        found = solve(operator, rhs, LiSSA())
+    assert relative_error(found.value, dense_solution(task, 0.1, rhs)) < 0.05
+    assert found.converged.all()
+
+
+def test_too_few_steps_are_reported():
+    task = logistic(n_train=40)
+    rhs = gradient_rows(task, range(2), data="test")
+    with operator_of(task, damping=0.01) as operator:
+        found = solve(operator, rhs, LiSSA(scale=50.0, depth=10))
+    assert not found.converged.any()
+    assert set(found.reasons) == {"stopped before its error bound met the tolerance"}
+    assert found.iterations.tolist() == [10, 10]
+
+
+def test_an_indefinite_operator_is_reported():
+    task = mlp(n_train=10)
+    rhs = gradient_rows(task, range(4), data="test")
+    with operator_of(task, "hessian", damping=0.05) as operator:
+        assert torch.linalg.eigvalsh(operator(identity(task)))[0] < -0.1
+        found = solve(operator, rhs, LiSSA())
+    assert not found.converged.any()
+    assert all(found.reasons)
+
+
+def test_a_zero_right_hand_side_has_the_solution_zero():
+    task = logistic(n_train=40)
+    rhs = gradient_rows(task, range(3), data="test")
+    rhs[1] = 0
+    with operator_of(task, damping=0.1) as operator:
+        found = solve(operator, rhs, LiSSA())
+    assert not found.value[1].any()
+    assert found.residual[1] == 0
+    assert found.converged.all()
+    assert relative_error(found.value[[0, 2]], dense_solution(task, 0.1, rhs[[0, 2]])) < 0.05
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_right_hand_side_that_is_not_finite_leaves_the_others_right(bad, row):
+    task = logistic(n_train=40)
+    rhs = gradient_rows(task, range(3), data="test")
+    rhs[row, 2] = bad
+    others = [k for k in range(3) if k != row]
+    with operator_of(task, damping=0.1) as operator:
+        found = solve(operator, rhs, LiSSA())
+        alone = solve(operator, rhs[row : row + 1], LiSSA())
+    assert relative_error(found.value[others], dense_solution(task, 0.1, rhs[others])) < 0.05
+    assert found.converged.tolist() == [k != row for k in range(3)]
+    assert found.reasons[row] == "not finite"
+    assert alone.converged.tolist() == [False]
+
+
+def test_sides_at_once_equal_one_by_one_for_fixed_options():
+    task = mlp(n_train=30)
+    rhs = gradient_rows(task, range(4), data="test") * torch.tensor([[1.0], [1e4], [1e-4], [2.0]])
+    options = LiSSA(tolerance=1e-12, scale=2.0, depth=30)
+    with operator_of(task, damping=0.1) as operator:
+        together = solve(operator, rhs, options)
+        alone = [solve(operator, rhs[k : k + 1], options).value for k in range(4)]
+    assert relative_error(together.value, torch.cat(alone)) < 1e-12
+
+
+def test_the_scale_is_estimated_once_for_all_blocks(monkeypatch):
+    calls = []
+
+    def estimate(*arguments):
+        calls.append(1)
+        return largest_eigenvalue(*arguments)
+
+    monkeypatch.setattr("infl_cache.maths.solvers.lissa.largest_eigenvalue", estimate)
+    task = logistic(n_train=40)
+    rhs = gradient_rows(task, range(4), data="test")
+    with operator_of(task, damping=0.1) as operator:
+        solver = LiSSA().prepare(operator)
+        for k in range(4):
+            assert solver(rhs[k : k + 1]).converged.all()
+    assert len(calls) == 1
+
+
+def test_an_operator_whose_batches_cannot_be_sampled_is_refused():
+    with pytest.raises(TypeError, match="LiSSA samples the curvature: expected a Curvature, found function"):
+        solve(lambda v: v, normal(1, 3), LiSSA())

@@ -1,0 +1,90 @@
+"""Samples by index."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import default_collate
+
+from infl_cache import BadInput
+from infl_cache.maths.digest import sample_digest
+from infl_cache.maths.samples import batches, fetch, groups_of, size_in_bytes, to_device
+from tests.driving import CPU
+from tests.tasks import Samples, dicts
+
+
+class Failing(Samples):
+    """Sample 3 cannot be read."""
+
+    def __getitem__(self, index):
+        if index == 3:
+            raise OSError("picture 3 is torn")
+        return super().__getitem__(index)
+
+
+def pairs(count):
+    return [(torch.full((2,), float(i)), i) for i in range(count)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(1, 7))
+def test_groups_hold_every_index_once_and_in_order(start, count, size):
+    groups = groups_of(start, start + count, size)
+    assert [index for group in groups for index in group] == list(range(start, start + count))
+    assert all(len(group) == size for group in groups[:-1])
+    assert all(0 < len(group) <= size for group in groups)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_hold_the_samples_of_their_groups_in_order(workers):
+    data, groups = Samples(pairs(7)), [range(0, 3), [6, 2], [4]]
+    found = list(batches(data, "train", default_collate, groups, CPU, workers))
+    assert [list(batch.indices) for batch in found] == [[0, 1, 2], [6, 2], [4]]
+    for batch in found:
+        assert batch.data[1].tolist() == list(batch.indices)
+        assert batch.data[0][:, 0].tolist() == [float(index) for index in batch.indices]
+        assert batch.digests.tolist() == [sample_digest(data[index]) for index in batch.indices]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_cannot_be_read_is_named_with_its_traceback(workers):
+    data = Failing(pairs(6))
+    with pytest.raises(BadInput, match=r"train\[3\] raised OSError: picture 3 is torn") as caught:
+        list(batches(data, "train", default_collate, groups_of(0, 6, 2), CPU, workers))
+    assert "in __getitem__" in str(caught.value)
+
+
+def test_fetch_names_the_data_set_and_keeps_the_cause():
+    with pytest.raises(BadInput, match=r"test\[3\] raised OSError") as caught:
+        fetch(Failing(pairs(6)), 3, "test")
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_that_do_not_fit_together_are_refused(workers):
+    data = Samples([torch.zeros(2), torch.zeros(2), torch.zeros(2), torch.zeros(3)])
+    with pytest.raises(
+        BadInput, match=r"train: samples 2 to 3 could not be made into a batch: .*; give the task a col"
+    ):
+        list(batches(data, "train", default_collate, groups_of(0, 4, 2), CPU, workers))
+
+
+def test_the_task_s_collate_is_used():
+    data = Samples([[1, 2], [3]])
+    padded = list(batches(data, "train", lambda rows: [row + [0] * (2 - len(row)) for row in rows], [[0, 1]], CPU))
+    assert padded[0].data == [[1, 2], [3, 0]]
+
+
+def test_size_in_bytes_counts_every_tensor_of_a_nested_batch():
+    batch = {"x": torch.zeros(2, 3, dtype=torch.float64), "more": [torch.zeros(5, dtype=torch.uint8), "text", None]}
+    assert size_in_bytes(batch) == 48 + 5
+
+
+def test_to_device_keeps_the_structure_and_what_is_no_tensor():
+    batch = dicts().collate([dicts().train[0]])
+    moved = to_device(batch, CPU)
+    assert list(moved) == list(batch)
+    assert moved["id"] == ["sample 0"]
+    assert torch.equal(moved["x"], batch["x"])
