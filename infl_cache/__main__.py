@@ -135,17 +135,7 @@ def _add_option(group: Any, option: str, hint: Any, field: dataclasses.Field[Any
         return
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     metavar = "{" + ",".join(choices) + "}" if choices else option.upper()
-    group.add_argument(flag, type=_plain_value, default=None, help=text, metavar=metavar)
-
-
-def _plain_value(text: str) -> int | float | str:
-    """A number where the text is one, as in a configuration file."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    group.add_argument(flag, type=str, default=None, help=text, metavar=metavar)
 
 
 def _reader_parser(name: str) -> ArgumentParser:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+import reprlib
 import tomllib
 import types
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,10 @@ import yaml
 from infl_cache.errors import BadInput
 
 MAX_CONFIG_BYTES = 1_000_000
+# No option means anything beyond this, and larger integers do not fit the arithmetic behind them.
+LARGEST = 2**62
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -25,6 +30,18 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 def option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
     """A dataclass field that carries its help text and inclusive range."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+def short(value: Any) -> str:
+    """A value as text of a bounded length, whatever it holds.
+
+    >>> len(short(list(range(10**6)))) < 100
+    True
+    """
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python refuses to write out an integer of more than some thousand digits
+        return f"an integer of {int(value).bit_length()} bits"
 
 
 def parse_size(text: str | int | float) -> int:
@@ -35,9 +52,9 @@ def parse_size(text: str | int | float) -> int:
     """
     if isinstance(text, (int, float)) and not isinstance(text, bool):
         return int(text)
-    match = _SIZE.fullmatch(str(text))
+    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
     if match is None:
-        raise ValueError(f"a size such as 2GB or 512MiB, found {text!r}")
+        raise ValueError(f"expected a size such as 2GB or 512MiB, found {short(text)}")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
@@ -160,7 +177,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
                 f"{path}: expected a configuration under {MAX_CONFIG_BYTES:,} bytes, found {path.stat().st_size:,}"
             )
         text = path.read_text(encoding="utf-8")
-        loaded = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+        loaded = tomllib.loads(text) if path.suffix == ".toml" else _plain_yaml(text)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
@@ -172,30 +189,49 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in loaded.items()}
 
 
+def _plain_yaml(text: str) -> Any:
+    """YAML without tags, which build objects, and without aliases, by which a small file unfolds to a huge one."""
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken):
+            raise ValueError(f"aliases are not allowed, found one in line {token.start_mark.line + 1}")
+    return yaml.safe_load(text)
+
+
 def _checked(spec: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     """`value` as the field's type, or `BadInput` that names field, value and what is allowed."""
     choices = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
     if value is None and type(None) in choices:
         return None
     kind = next(each for each in choices if each is not type(None))
-    name = spec.name.replace("_", "-")
-    if spec.name == "memory":
-        try:
-            value = parse_size(value)
-        except ValueError as error:
-            raise BadInput(f"{name}: expected {error}") from error
+    name, found = spec.name.replace("_", "-"), short(value)
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise BadInput(f"{name}: expected one of {', '.join(get_args(kind))}, found {value!r}")
+        if not isinstance(value, str) or value not in get_args(kind):
+            raise BadInput(f"{name}: expected one of {', '.join(get_args(kind))}, found {found}")
         return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise BadInput(f"{name}: expected {kind.__name__}, found {value!r}")
-    low, high = spec.metadata["low"], spec.metadata["high"]
-    if kind in (int, float) and (
-        not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high)
-    ):
-        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise BadInput(f"{name}: expected a finite number {allowed}, found {value!r}")
+    try:
+        value = parse_size(value) if spec.name == "memory" else _converted(kind, value)
+    except (ValueError, OverflowError):
+        expected = "a size such as 2GB or 512MiB" if spec.name == "memory" else kind.__name__
+        raise BadInput(f"{name}: expected {expected}, found {found}") from None
+    if kind in (int, float):
+        _check_range(name, spec.metadata["low"], spec.metadata["high"], value)
     return value
+
+
+def _converted(kind: type, value: Any) -> Any:
+    """`value` as `kind`; a number may come as text, as from a command line or from YAML, to which 1e-3 is text."""
+    if isinstance(value, str) and kind in (int, float):
+        return kind(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError
+    return value
+
+
+def _check_range(name: str, low: float | None, high: float | None, value: float) -> None:
+    highest = LARGEST if high is None and isinstance(value, int) else high
+    outside = (low is not None and value < low) or (highest is not None and value > highest)
+    if outside or not math.isfinite(value):
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise BadInput(f"{name}: expected a finite number {allowed}, found {short(value)}")

@@ -21,9 +21,12 @@ def stop_between_blocks() -> Iterator[Callable[[], None]]:
     allows no handlers, `check` never raises. Handlers are put back on leaving.
     """
     received: list[int] = []
+    said = False
 
     def check() -> None:
+        nonlocal said
         if received:
+            said = True
             name = signal.Signals(received[0]).name
             raise Interrupted(f"stopped by {name} between two blocks; what is done is kept", received[0])
 
@@ -41,6 +44,8 @@ def stop_between_blocks() -> Iterator[Callable[[], None]]:
         signal.signal(each, remember)
     try:
         yield check
+        if not said:
+            check()
     finally:
         for each in SIGNALS:
             signal.signal(each, previous[each])

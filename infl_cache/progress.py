@@ -49,8 +49,9 @@ def human_bytes(n: float) -> str:
     ('532 B', '2.3 MB')
     """
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
+        text = f"{n:.0f}" if unit == "B" or round(n, 1) >= 100 else f"{n:.1f}"
+        if float(text) < 1000:
+            return f"{text} {unit}"
         n /= 1000
     return f"{n:,.1f} PB"
 
@@ -61,7 +62,7 @@ def human_seconds(seconds: float) -> str:
     >>> human_seconds(3.2), human_seconds(75), human_seconds(7380)
     ('3.2 s', '1 min 15 s', '2 h 03 min')
     """
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

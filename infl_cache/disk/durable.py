@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,13 @@ def sync_folders(folders: Iterable[Path]) -> None:
     """Return once the names in each folder are on the disk."""
     for folder in sorted(set(folders)):
         sync_file(folder)
+
+
+def make_folders(folder: Path) -> None:
+    """Make a folder and its parents; return once all the new names are on the disk."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    sync_folders(each.parent for each in missing)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -72,8 +80,8 @@ def disk_full_is_said(folder: Path) -> Iterator[None]:
     """Turn "no space left" from any depth into `DiskFull`; what was committed stays good."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, sqlite3.OperationalError) as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "disk is full" not in str(error):
             raise
         free = shutil.disk_usage(folder if folder.exists() else os.curdir).free
         raise DiskFull(

@@ -58,6 +58,8 @@ def blocks(n_rows: int, block_rows: int) -> tuple[Block, ...]:
     >>> [(b.start, b.stop) for b in blocks(10, 4)]
     [(0, 4), (4, 8), (8, 10)]
     """
+    if block_rows < 1:
+        raise ValueError(f"expected at least one row a block, found {block_rows}")
     return tuple(
         Block(index, start, min(start + block_rows, n_rows)) for index, start in enumerate(range(0, n_rows, block_rows))
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,10 @@ def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
         connection.executescript(_SCHEMA)
         return connection
     except sqlite3.DatabaseError as error:
-        raise DamagedStore(f"{path}: expected an SQLite ledger, found something else ({error})") from error
+        raise DamagedStore(
+            f"{path}: expected an SQLite ledger, found something else ({error});"
+            " restore it, or remove the run folder and start over"
+        ) from error
 
 
 def _connect_for_reading(path: Path) -> sqlite3.Connection:
@@ -136,3 +139,8 @@ def _connect_for_reading(path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
         connection.execute("SELECT count(*) FROM blocks").fetchone()
     return connection
+
+
+def array_bytes(records: Iterable[BlockRecord]) -> int:
+    """Bytes on disk of the committed blocks."""
+    return sum(file.size for record in records for file in record.files)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from infl_cache.errors import Locked
+from infl_cache.errors import BadInput, Locked
 
 
 @contextmanager
@@ -22,16 +22,32 @@ def only_writer(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
-    except Timeout:
-        try:
-            who = json.loads(holder.read_text(encoding="utf-8"))
-            named = f"process {int(who['pid'])} on {str(who['host'])[:80]}"
-        except (OSError, ValueError, KeyError, TypeError):
-            named = "another process"
-        raise Locked(f"{folder}: expected no other writer, found {named}; wait for it or stop it") from None
+    except OSError as error:
+        if isinstance(error, Timeout):
+            raise Locked(
+                f"{folder}: expected no other writer, found {_named(holder)}; wait for it or stop it"
+            ) from None
+        raise BadInput(f"{folder}: cannot be written: {error.strerror}; choose another --run") from error
+    os.register_at_fork(after_in_child=lambda: _let_go(lock))
     try:
         holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
         yield
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+def _let_go(lock: FileLock) -> None:
+    """In a forked child (a data loader's worker): close the lock's file, or it would outlive a killed parent."""
+    if lock._context.lock_file_fd is not None:
+        os.close(lock._context.lock_file_fd)
+        lock._context.lock_file_fd = None
+
+
+def _named(holder: Path) -> str:
+    """The process that holds the lock, as far as its own note tells."""
+    try:
+        who = json.loads(holder.read_text(encoding="utf-8"))
+        return f"process {int(who['pid'])} on {str(who['host'])[:80]}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

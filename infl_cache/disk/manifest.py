@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infl_cache.disk.durable import write_atomically
-from infl_cache.errors import DamagedStore, ForeignRun
+from infl_cache.errors import BadInput, DamagedStore, ForeignRun
 
 FORMAT = 1
 Identity = dict[str, Any]
@@ -34,18 +34,20 @@ class Manifest:
             content = json.loads(path.read_text(encoding="utf-8"))
             found = content["format"]
             manifest = cls(content["task"], content["stages"])
-            sound = isinstance(manifest.stages, dict) and all(
-                isinstance(entry.get("identity"), dict) and isinstance(entry.get("plan"), dict)
-                for entry in manifest.stages.values()
-            )
+            sound = isinstance(manifest.stages, dict) and isinstance(manifest.task, dict | None)
+            for entry in manifest.stages.values():
+                kinds = (("identity", dict), ("plan", dict), ("fingerprint", str))
+                sound = sound and all(isinstance(entry[name], kind) for name, kind in kinds)
         except FileNotFoundError:
             return cls()
+        except OSError as error:
+            raise BadInput(f"{path.parent} cannot be a run folder: {error.strerror}; choose another --run") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedStore(f"{path}: expected a manifest, found a damaged file ({error})") from error
         if found != FORMAT:
             raise ForeignRun(f"{path}: expected format {FORMAT}, found format {found!r}; use the version that wrote it")
         if not sound:
-            raise DamagedStore(f"{path}: expected a manifest, found stages without identity or plan")
+            raise DamagedStore(f"{path}: expected a manifest, found parts of another kind")
         return manifest
 
     def write(self, path: Path) -> None:

@@ -30,7 +30,7 @@ class MatrixFile:
                 )
                 shape, fortran, dtype = reader(file)
                 self._offset = file.tell()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # NumPy parses the header as Python text and fails in many ways
             raise DamagedStore(f"{path}: expected a NumPy file, found something else ({error})") from error
         if dtype != np.float32 or fortran or len(shape) != 2:
             raise DamagedStore(f"{path}: expected float32 rows in two axes, found {dtype} of shape {shape}")
@@ -43,7 +43,10 @@ class MatrixFile:
     def write(self, start: int, column: int, values: Floats) -> None:
         """Put `values` at row `start`, column `column`."""
         for row, line in enumerate(np.ascontiguousarray(values, np.float32)):
-            os.pwrite(self._descriptor, line.tobytes(), self._place(start + row, column))
+            data, place = memoryview(line.tobytes()), self._place(start + row, column)
+            while data:  # the system may take less than it was given
+                written = os.pwrite(self._descriptor, data, place)
+                data, place = data[written:], place + written
 
     def read(self, start: int, stop: int, column: int = 0, columns: int | None = None) -> Floats:
         """Rows `start` to `stop - 1`, `columns` of them from `column` on."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,21 +12,16 @@ from typing import Any
 import yaml
 
 from infl_cache.disk.codecs import Codec
-from infl_cache.disk.durable import disk_full_is_said, remove, write_atomically
+from infl_cache.disk.durable import disk_full_is_said, make_folders, remove, write_atomically
 from infl_cache.disk.layout import ArrayLayout, Block, blocks
 from infl_cache.disk.ledger import BlockRecord, FileRecord, Ledger
 from infl_cache.disk.lock import only_writer
 from infl_cache.disk.manifest import Identity, Manifest, differences, fingerprint
-from infl_cache.disk.store import Array, Store, create_store, record_of_chunk, record_of_file
+from infl_cache.disk.store import Store, create_store, record_of_chunk, record_of_file
+from infl_cache.disk.sweep import OUTPUTS, forget_unbegun, refuse_other_folders, remove_leftovers
 from infl_cache.errors import BadInput, DamagedStore, ForeignRun, IncompleteStore
 
-# What a stage leaves in the run folder, and which stages hang on it.
-OUTPUTS = {
-    "grads": ("grad_z.zarr",),
-    "stest": ("s_test.zarr",),
-    "influence": ("influence.npy", "influence.partial.npy"),
-    "rankings": ("rankings.npz",),
-}
+# Which stages hang on a stage.
 CHILDREN = {
     "grads": ("influence", "rankings"),
     "stest": ("influence", "rankings"),
@@ -54,48 +48,33 @@ class RunFolder:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """The only way to change the folder: made if missing, locked, its manifest read afresh."""
-        self._refuse_other_folders()
+        refuse_other_folders(self.path)
         with disk_full_is_said(self.path):
             try:
-                self.path.mkdir(parents=True, exist_ok=True)
+                make_folders(self.path)
             except (FileExistsError, NotADirectoryError, PermissionError) as error:
                 raise BadInput(f"{self.path}: cannot be a run folder: {error.strerror}") from error
             with only_writer(self.path):
-                self._remove_leftovers()
+                remove_leftovers(self.path)
                 self.manifest = Manifest.read(self.path / "manifest.json")
                 self._ledger = Ledger(self.path / "ledger.sqlite")
+                self._refuse_lost_manifest(self._ledger)
                 try:
                     yield
                 finally:
                     self._ledger.close()
                     self._ledger = None
-                    self._forget_unbegun()
+                    if not self.exists:
+                        forget_unbegun(self.path)
 
-    def _refuse_other_folders(self) -> None:
-        """`BadInput` if the path is a folder with somebody's files in it: nothing of theirs is to be overwritten."""
-        if not self.path.is_dir() or self.exists or (self.path / "ledger.sqlite").exists():
-            return
-        if any(not each.name.startswith(".lock") for each in self.path.iterdir()):
-            raise BadInput(
-                f"{self.path}: expected a run folder or an empty one, found other files; choose another --run"
+    def _refuse_lost_manifest(self, ledger: Ledger) -> None:
+        """Work without the manifest that says what it belongs to is neither used nor removed."""
+        if not self.exists and any(ledger.done(stage) for stage in OUTPUTS):
+            ledger.close()
+            raise DamagedStore(
+                f"{self.path / 'manifest.json'}: expected the identity of the blocks in the ledger, found no file;"
+                " restore it, or use another --run"
             )
-
-    def _remove_leftovers(self) -> None:
-        """Temporary files of a writer that was killed; only under the lock, so none of them is in use."""
-        stores = [self.path / outputs[0] for outputs in OUTPUTS.values() if outputs[0].endswith(".zarr")]
-        for folder in (self.path, *stores):
-            for here, inner, names in os.walk(folder):
-                if here == str(self.path):
-                    inner.clear()
-                for name in names:
-                    if name.endswith(".partial"):
-                        os.unlink(os.path.join(here, name))
-
-    def _forget_unbegun(self) -> None:
-        """Leave no trace of a run that was refused before its first stage began."""
-        if not self.exists:
-            remove(self.path / name for outputs in OUTPUTS.values() for name in outputs)
-            remove(self.path / name for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "run.yaml"))
 
     def check(self, stage: str, task: Identity, identity: Identity) -> None:
         """Raise `ForeignRun` with every differing field unless the folder was made from these identities."""
@@ -187,19 +166,34 @@ class RunFolder:
     def stage_blocks(self, stage: str) -> tuple[Block, ...]:
         """All blocks of a stage, done or not."""
         plan = self.plan(stage)
-        return blocks(plan["n_rows"], plan["block_rows"])
+        try:
+            return blocks(plan["n_rows"], plan["block_rows"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedStore(f"{self.path / 'manifest.json'}: the plan of {stage} is damaged ({error})") from error
 
     def records(self, stage: str) -> dict[int, BlockRecord]:
-        """What the ledger says of `stage`, by block, without a look at the files."""
+        """What the ledger says of `stage`, by block, without a look at the files.
+
+        Raises `DamagedStore` if a record's rows are not those of the stage's plan.
+        """
         if self._ledger is not None:
-            return self._ledger.done(stage)
-        if not (self.path / "ledger.sqlite").exists():
-            return {}
-        ledger = Ledger(self.path / "ledger.sqlite", read_only=True)
-        try:
-            return ledger.done(stage)
-        finally:
-            ledger.close()
+            found = self._ledger.done(stage)
+        elif (self.path / "ledger.sqlite").exists():
+            ledger = Ledger(self.path / "ledger.sqlite", read_only=True)
+            try:
+                found = ledger.done(stage)
+            finally:
+                ledger.close()
+        else:
+            found = {}
+        planned = {block.index: (block.start, block.stop) for block in self.stage_blocks(stage)} if found else {}
+        for index, record in found.items():
+            if planned.get(index) != (record.start, record.stop):
+                raise DamagedStore(
+                    f"{self.path}: {stage} block {index}: expected rows {planned.get(index)} by the manifest, found"
+                    f" {(record.start, record.stop)} in the ledger; restore both, or start over with --force"
+                )
+        return found
 
     def done(self, stage: str) -> dict[int, BlockRecord]:
         """The blocks of `stage` that are done: in the ledger, and their files have that size and checksum."""
@@ -276,11 +270,3 @@ class RunFolder:
                 f"{file}{rows}: expected {expected.size} bytes with checksum {expected.crc:08x},"
                 f" found {found.size} with {found.crc:08x}; restore the file, or --force starts the stage over"
             )
-
-
-def array_bytes(records: Iterable[BlockRecord]) -> int:
-    """Bytes on disk of the committed blocks."""
-    return sum(file.size for record in records for file in record.files)
-
-
-__all__ = ["CHILDREN", "OUTPUTS", "Array", "RunFolder", "array_bytes"]

@@ -31,6 +31,7 @@ class Store:
 
     def __init__(self, folder: Path, layouts: Iterable[ArrayLayout], mode: str = "r") -> None:
         self.folder = folder
+        self._writable = mode == "r+"
         self.layouts = {layout.path: layout for layout in layouts}
         group = zarr.open_group(folder, mode="r+" if mode == "r+" else "r", zarr_format=3)
         self._arrays: dict[str, zarr.Array] = {}  # type: ignore[type-arg]
@@ -43,6 +44,11 @@ class Store:
 
     def write_block(self, block: Block, data: Mapping[str, Array]) -> tuple[FileRecord, ...]:
         """Write the rows of `block` into every array; return once files and their names are on the disk."""
+        if not self._writable:
+            raise ValueError(f"{self.folder} was opened read-only")
+        for path, layout in self.layouts.items():
+            if data[path].shape != (block.rows, *layout.row_shape):
+                raise ValueError(f"{path}: expected rows {(block.rows, *layout.row_shape)}, found {data[path].shape}")
         for path, array in self._arrays.items():
             # What a killed writer left is not to be merged with: zarr reads an edge chunk before it writes it.
             for key in chunk_keys(self.layouts[path], block):

@@ -11,7 +11,7 @@ import torch
 
 from infl_cache.disk.codecs import Codec
 from infl_cache.disk.layout import ArrayLayout, Block, array_layout, choose_block_rows
-from infl_cache.disk.run import Array
+from infl_cache.disk.store import Array
 from infl_cache.errors import BadInput
 from infl_cache.maths.capture import Captured, Forms, capture, decide_forms
 from infl_cache.maths.capture.decide import check_forms

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from infl_cache.config import Options
+from infl_cache.disk.ledger import array_bytes
 from infl_cache.disk.manifest import Identity
-from infl_cache.disk.run import RunFolder, array_bytes
+from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput
 from infl_cache.interrupt import stop_between_blocks
 from infl_cache.maths.digest import code_digest, digest_of, weights_digest

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from infl_cache.disk.run import RunFolder, array_bytes
+from infl_cache.disk.ledger import array_bytes
+from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput
 from infl_cache.progress import human_bytes, human_seconds
 

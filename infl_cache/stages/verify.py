@@ -8,8 +8,9 @@ from pathlib import Path
 from infl_cache.disk.codecs import CRC_BYTES
 from infl_cache.disk.durable import crc32c
 from infl_cache.disk.ledger import BlockRecord, FileRecord
-from infl_cache.disk.run import OUTPUTS, RunFolder
+from infl_cache.disk.run import RunFolder
 from infl_cache.disk.store import record_of_file
+from infl_cache.disk.sweep import OUTPUTS
 from infl_cache.errors import BadInput, DamagedStore
 from infl_cache.progress import progress
 from infl_cache.stages.influence import all_tiles, checked_tiles

@@ -1,0 +1,44 @@
+"""What may lie in a run folder, and what is swept out of it: other people's files never, our own leftovers always."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from infl_cache.disk.durable import remove
+from infl_cache.errors import BadInput
+
+# What each stage leaves in the run folder.
+OUTPUTS = {
+    "grads": ("grad_z.zarr",),
+    "stest": ("s_test.zarr",),
+    "influence": ("influence.npy", "influence.partial.npy"),
+    "rankings": ("rankings.npz",),
+}
+STORES = tuple(outputs[0] for outputs in OUTPUTS.values() if outputs[0].endswith(".zarr"))
+
+
+def refuse_other_folders(folder: Path) -> None:
+    """`BadInput` if the folder holds somebody's files and no run: nothing of theirs is to be overwritten."""
+    ours = ("manifest.json", "ledger.sqlite")
+    if not folder.is_dir() or any((folder / name).exists() for name in ours):
+        return
+    if any(not each.name.startswith(".lock") for each in folder.iterdir()):
+        raise BadInput(f"{folder}: expected a run folder or an empty one, found other files; choose another --run")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Temporary files of a writer that was killed; to be called under the lock, so that none of them is in use."""
+    for place in (folder, *(folder / name for name in STORES)):
+        for here, inner, names in os.walk(place):
+            if place == folder:
+                inner.clear()
+            for name in names:
+                if name.endswith(".partial"):
+                    os.unlink(os.path.join(here, name))
+
+
+def forget_unbegun(folder: Path) -> None:
+    """Leave no trace of a run that was refused before its first stage began."""
+    remove(folder / name for outputs in OUTPUTS.values() for name in outputs)
+    remove(folder / name for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "run.yaml"))
