@@ -83,7 +83,9 @@ class StestOptions:
         None, "cg: relative residual, 1e-4 if not given; lissa: relative error of s_test, 0.02 if not given", 0.0
     )
     max_iterations: int = option(1000, "cg: most iterations for one block of test samples", 1)
-    scale: float | None = option(None, "lissa: divides each step; must exceed the curvature; estimated if not given", 0)
+    scale: float | None = option(
+        None, "lissa: divides each step; must exceed the curvature; estimated if not given", 1e-30
+    )
     depth: int | None = option(None, "lissa: most steps of one recursion; from scale and damping if not given", 1)
     repeats: int = option(1, "lissa: independent recursions that are averaged (the paper's r)", 1)
     sample_batch: int | None = option(None, "lissa: training samples a step; grows by itself if not given", 1)
@@ -189,12 +191,21 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in loaded.items()}
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without tags that build objects (SafeLoader), nor aliases, by which a small file unfolds to a huge one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"aliases are not allowed, found one in line {self.peek_event().start_mark.line + 1}")
+        return super().compose_node(parent, index)
+
+
 def _plain_yaml(text: str) -> Any:
-    """YAML without tags, which build objects, and without aliases, by which a small file unfolds to a huge one."""
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        if isinstance(token, yaml.AliasToken):
-            raise ValueError(f"aliases are not allowed, found one in line {token.start_mark.line + 1}")
-    return yaml.safe_load(text)
+    loader = _PlainLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _checked(spec: dataclasses.Field[Any], hint: Any, value: Any) -> Any:

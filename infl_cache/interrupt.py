@@ -36,16 +36,17 @@ def stop_between_blocks() -> Iterator[Callable[[], None]]:
 
     def remember(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
-        for each in SIGNALS:
+        for each in previous:
             signal.signal(each, previous[each])
 
-    previous = {each: signal.getsignal(each) for each in SIGNALS}
-    for each in SIGNALS:
+    # A signal that whoever started us wants ignored (nohup, a job in the background) stays ignored.
+    previous = {each: found for each in SIGNALS if (found := signal.getsignal(each)) != signal.SIG_IGN}
+    for each in previous:
         signal.signal(each, remember)
     try:
         yield check
         if not said:
             check()
     finally:
-        for each in SIGNALS:
+        for each in previous:
             signal.signal(each, previous[each])

@@ -75,7 +75,7 @@ def badly_scaled(
     sizes = torch.tensor([0.1, 0.3, 1.0, 3.0, 10.0], dtype=dtype)
     model = built(lambda: nn.Linear(5, 3), dtype)
     with torch.no_grad():
-        model.weight.div_(sizes)  # type: ignore[operator]
+        model.weight.div_(sizes)
     return classified(model, normal(n_train + n_test, 5, dtype=dtype) * sizes, n_train, **changes)
 
 

@@ -55,22 +55,23 @@ class RunFolder:
             except (FileExistsError, NotADirectoryError, PermissionError) as error:
                 raise BadInput(f"{self.path}: cannot be a run folder: {error.strerror}") from error
             with only_writer(self.path):
-                remove_leftovers(self.path)
                 self.manifest = Manifest.read(self.path / "manifest.json")
                 self._ledger = Ledger(self.path / "ledger.sqlite")
-                self._refuse_lost_manifest(self._ledger)
                 try:
-                    yield
+                    self._refuse_lost_manifest(self._ledger)
+                    remove_leftovers(self.path)
+                    try:
+                        yield
+                    finally:
+                        if not self.exists:
+                            forget_unbegun(self.path)
                 finally:
                     self._ledger.close()
                     self._ledger = None
-                    if not self.exists:
-                        forget_unbegun(self.path)
 
     def _refuse_lost_manifest(self, ledger: Ledger) -> None:
         """Work without the manifest that says what it belongs to is neither used nor removed."""
         if not self.exists and any(ledger.done(stage) for stage in OUTPUTS):
-            ledger.close()
             raise DamagedStore(
                 f"{self.path / 'manifest.json'}: expected the identity of the blocks in the ledger, found no file;"
                 " restore it, or use another --run"

@@ -34,12 +34,17 @@ def _nothing() -> None:
     """The default of `tick`."""
 
 
+def _say_nothing(text: str) -> None:
+    """The default of `note`."""
+
+
 @dataclass(frozen=True)
 class Curvature:
     """The operator `C + (weight_decay + damping) I` on `(K, n_params)`, C the mean over `n_train` samples.
 
     `batches()` gives one pass over the training set, `pick(indices)` some of its samples; `tick()` is called
-    before each batch and may raise to stop a long product. Arithmetic is in `dtype`.
+    before each batch and may raise to stop a long product; `note(text)` hears of slower ways that had to be
+    taken. Arithmetic is in `dtype`.
     """
 
     task: Task
@@ -51,6 +56,7 @@ class Curvature:
     damping: float
     dtype: torch.dtype
     tick: Callable[[], None] = _nothing
+    note: Callable[[str], None] = _say_nothing
 
     @property
     def shift(self) -> float:
@@ -87,6 +93,8 @@ class Curvature:
             except Exception as error:  # custom operations that torch.func or vmap has no rule for
                 if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                     raise
+                reason = " ".join(str(error).split())[:160]
+                self.note(f"torch.func cannot follow this model, products go one vector at a time ({reason})")
                 with self._blaming(own):
                     single = by_plain_autograd(self.kind, task, theta, fixed, data, size)
                     each = [single({name: piece[k] for name, piece in pieces.items()}) for k in range(len(vectors))]
@@ -185,7 +193,8 @@ def by_plain_autograd(
             gradient = derivative([loss], at, [torch.ones_like(loss)], again=True)
             attached = [g if g.requires_grad else g + 0 * a for g, a in zip(gradient, at, strict=True)]
             return lambda v: dict(zip(theta, derivative(attached, at, [v[name] for name in theta]), strict=True))
-        outputs = split.floats(theta)
+        # An output that does not depend on the parameters is attached to them by a zero.
+        outputs = tuple(o if o.requires_grad else o + 0 * at[0].sum() for o in split.floats(theta))
         leaves = tuple(each.detach().requires_grad_(True) for each in outputs)
         loss = split.loss(leaves)
         of_loss = derivative([loss], leaves, [torch.ones_like(loss)], again=True)

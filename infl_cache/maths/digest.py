@@ -65,19 +65,27 @@ def _feed_code(hasher: Any, function: Any, seen: set[int]) -> None:
         _feed(hasher, (function.args, sorted(function.keywords.items())))
         _feed_code(hasher, function.func, seen)
     elif isinstance(function, nn.Module):
-        hasher.update(weights_digest(function).encode())
-        for name, module in function.named_modules():
-            plain = {key: value for key, value in vars(module).items() if key[0] != "_" and key != "training"}
-            _feed(hasher, (name, type(module).__qualname__, dict(sorted(plain.items()))))
-            _feed_code(hasher, type(module).forward, seen)
+        _feed_module(hasher, function, seen)
     elif inspect.ismethod(function):
-        _feed(hasher, function.__self__)
+        if isinstance(function.__self__, nn.Module):
+            _feed_module(hasher, function.__self__, seen)
+        else:
+            _feed(hasher, function.__self__)
         _feed_code(hasher, function.__func__, seen)
     elif not inspect.isroutine(function) and not isinstance(function, type):
         _feed(hasher, function)
         _feed_code(hasher, type(function).__call__, seen)
     else:
         _feed_function(hasher, inspect.unwrap(function), seen)
+
+
+def _feed_module(hasher: Any, module: nn.Module, seen: set[int]) -> None:
+    """Weights, plain attributes and code of a module, whether it is in train or eval mode."""
+    hasher.update(weights_digest(module).encode())
+    for name, each in module.named_modules():
+        plain = {key: value for key, value in vars(each).items() if key[0] != "_" and key != "training"}
+        _feed(hasher, (name, type(each).__qualname__, dict(sorted(plain.items()))))
+        _feed_code(hasher, type(each).forward, seen)
 
 
 def _feed_function(hasher: Any, function: Any, seen: set[int]) -> None:
@@ -110,8 +118,15 @@ def _text_of(function: Any) -> str:
     return ast.unparse(tree)
 
 
-def _feed(hasher: Any, value: Any) -> None:
-    """Add `value` to the digest with its type and shape, so that nothing runs into its neighbour."""
+def _feed(hasher: Any, value: Any, inside: tuple[int, ...] = ()) -> None:
+    """Add `value` to the digest with its type and shape, so that nothing runs into its neighbour.
+
+    `inside` are the ids of what holds it: an object that leads back to itself ends there.
+    """
+    if id(value) in inside:
+        hasher.update(b"R")
+        return
+    within = (*inside, id(value))
     if isinstance(value, Tensor):
         dense = value.detach().cpu().contiguous()
         hasher.update(f"T{value.dtype}{tuple(value.shape)}".encode())
@@ -124,12 +139,12 @@ def _feed(hasher: Any, value: Any) -> None:
     elif isinstance(value, Mapping):
         hasher.update(f"M{len(value)}".encode())
         for key in value:
-            _feed(hasher, key)
-            _feed(hasher, value[key])
+            _feed(hasher, key, within)
+            _feed(hasher, value[key], within)
     elif isinstance(value, (list, tuple, np.ndarray)):
         hasher.update(f"L{len(value)}".encode())
         for each in value:
-            _feed(hasher, each)
+            _feed(hasher, each, within)
     elif isinstance(value, (set, frozenset)):
         hasher.update(f"S{len(value)}".encode())
         for digest in sorted(map(sample_digest, value)):
@@ -137,16 +152,16 @@ def _feed(hasher: Any, value: Any) -> None:
     elif hasattr(value, "__array__") or hasattr(value, "__array_interface__"):  # pictures and the like
         _feed(hasher, np.asarray(value))
     else:
-        _feed_object(hasher, value)
+        _feed_object(hasher, value, within)
 
 
-def _feed_object(hasher: Any, value: Any) -> None:
+def _feed_object(hasher: Any, value: Any, within: tuple[int, ...]) -> None:
     """Any other object by what it holds, never by where it lives."""
     hasher.update(f"O{type(value).__qualname__}".encode())
     slots = [name for kind in type(value).__mro__ for name in _names(getattr(kind, "__slots__", ()))]
     held = {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots if hasattr(value, name)}}
     if held:
-        _feed(hasher, dict(sorted(held.items())))
+        _feed(hasher, dict(sorted(held.items())), within)
     elif callable(value):
         hasher.update(getattr(value, "__qualname__", "").encode())
     elif "__repr__" in {name for kind in type(value).__mro__[:-1] for name in vars(kind)}:

@@ -50,7 +50,13 @@ def batches(
         loaded = map(source.__getitem__, groups)
     else:
         loaded = DataLoader(
-            source, batch_size=None, sampler=groups, num_workers=min(workers, len(groups)), collate_fn=_same
+            source,
+            batch_size=None,
+            sampler=groups,
+            num_workers=min(workers, len(groups)),
+            collate_fn=_same,
+            # its own generator: the seeds of the workers are not to be drawn from the user's
+            generator=torch.Generator(),
         )
     for batch in loaded:
         if isinstance(batch, BadInput):

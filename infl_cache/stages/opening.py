@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def memory_budget(asked: int | None, device: torch.device) -> int:
 def task_identity(task: Task, parameters: Parameters) -> Identity:
     """What every stage's numbers depend on; a change of any field makes the run another run."""
     return {
-        "model": f"{type(task.model).__module__}.{type(task.model).__qualname__}",
+        "model": digest_of([type(task.model).__qualname__, re.sub(r"0x[0-9a-f]+", "", repr(task.model))]),
         "weights": weights_digest(task.model),
         "n_params": parameters.size,
         "parameters": digest_of([parameters.names, parameters.shapes]),

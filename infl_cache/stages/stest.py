@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def _compute(run: Opened, todo: Sequence[Block], finished: int) -> list[str]:
     with progress("stest", len(run.task.test), finished, show=run.options.resources.progress) as bar:
         products = _Products(run.check, bar)
         sides = COLUMNS if run.options.stest.solver == "exact" else max(block.rows for block in todo)
-        operator = _operator(run, sides, products.tick)
+        operator = replace(_operator(run, sides), tick=products.tick, note=products.note)
         solver = make_solver(run.options.stest, run.budget).prepare(operator)
         for block in todo:
             started = time.perf_counter()
@@ -119,10 +120,16 @@ def _compute(run: Opened, todo: Sequence[Block], finished: int) -> list[str]:
 
 
 class _Products:
-    """Counts passes over batches for the bar, and lets a signal stop a long solve."""
+    """Counts products for the bar, lets a signal stop a long solve, and says once what is slow."""
 
     def __init__(self, check: Callable[[], None], bar: Bar) -> None:
         self._check, self._bar, self._count = check, bar, 0
+        self._said: set[str] = set()
+
+    def note(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning(text)
 
     def tick(self) -> None:
         self._check()
@@ -138,7 +145,7 @@ def _solve_dtype(run: Opened) -> torch.dtype:
     return torch.float64 if asked == "float64" else torch.float32
 
 
-def _operator(run: Opened, sides: int, tick: Callable[[], None]) -> Curvature:
+def _operator(run: Opened, sides: int) -> Curvature:
     """The damped curvature over the training set, its micro-batch and cache chosen from the budget."""
     task, n_train, dtype = run.task, len(run.task.train), _solve_dtype(run)
     first = probe_batch(task, range(min(8, n_train)), run.device)
@@ -163,7 +170,6 @@ def _operator(run: Opened, sides: int, tick: Callable[[], None]) -> Curvature:
         n_train=n_train,
         damping=run.options.stest.damping,
         dtype=dtype,
-        tick=tick,
     )
 
 

@@ -196,6 +196,25 @@ def test_a_loss_with_class_weights_can_be_computed_in_float64(kind):
     assert loss.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_that_cannot_be_computed_in_float64_is_refused_with_a_remedy(kind):
+    weights = torch.tensor([1.0, 2.0, 0.5])
+    task = logistic(torch.float32, loss=lambda x, y: F.cross_entropy(x, y, weight=weights, reduction="none"))
+    with (
+        operator_of(task, kind, dtype=torch.float64) as operator,
+        pytest.raises(BadInput, match=r"cannot be computed in torch\.float64; use --solve-dtype float32"),
+    ):
+        operator(vectors(operator))
+
+
+def test_a_model_that_fails_is_blamed():
+    def failing(outputs, targets):
+        raise KeyError("no such label")
+
+    with operator_of(mlp(loss=failing)) as operator, pytest.raises(BadInput, match="raised KeyError: 'no such label'"):
+        operator(vectors(operator))
+
+
 # --- outputs of any structure ---
 
 
@@ -322,6 +341,62 @@ def test_operations_that_vmap_cannot_follow_give_the_same_products(function, kin
         assert relative_error(operator(v), v @ expected) < 1e-11
 
 
+@pytest.fixture
+def without_torch_func(monkeypatch):
+    """Every product goes the slow way, by plain double backward."""
+
+    def refuse(function):
+        raise RuntimeError("no rule for this operation")
+
+    monkeypatch.setattr(curvature, "vmap", refuse)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_double_backward_gives_the_same_products(name, kind, without_torch_func):
+    with operator_of(TASKS[name](), kind, size=4) as operator:
+        v = vectors(operator)
+        assert relative_error(operator(v), v @ dense_of(name, kind)) < 1e-11
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_double_backward_allows_outputs_that_do_not_depend_on_the_parameters(kind, without_torch_func):
+    def forward(model, batch):
+        return {"logits": model(batch[0]), "mask": torch.ones(len(batch[0]), dtype=torch.float64), "x": batch[0]}
+
+    def loss(outputs, targets):
+        return outputs["mask"] * cross_entropy(outputs["logits"], targets)
+
+    with operator_of(mlp(forward=forward, loss=loss), kind) as operator:
+        v = vectors(operator)
+        assert relative_error(operator(v), v @ dense_of("mlp", kind)) < 1e-11
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_double_backward_allows_parameters_and_outputs_without_a_gradient(kind, without_torch_func):
+    def forward(model, batch):
+        hidden = model[:3](batch[0])
+        return hidden, model[3:](hidden.detach())
+
+    def loss(outputs, targets):
+        return cross_entropy(outputs[1], targets)
+
+    task = mlp(forward=forward, loss=loss)
+    expected = DENSE[kind](task)
+    assert not expected[:35].any()
+    with operator_of(task, kind) as operator:
+        v = vectors(operator)
+        assert relative_error(operator(v), v @ expected) < 1e-11
+
+
+def test_plain_double_backward_leaves_the_model_as_it_was(without_torch_func):
+    task = mlp()
+    with operator_of(task) as operator:
+        operator(vectors(operator))
+        assert not any(parameter.requires_grad for parameter in task.model.parameters())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in task.model.parameters())
+
+
 def test_memory_running_out_is_no_reason_to_go_on_one_by_one(monkeypatch):
     calls = []
 
@@ -405,6 +480,13 @@ def test_the_largest_eigenvalue_is_estimated_from_below(name, kind):
         )
         found = largest_eigenvalue(operator, operator.parameters.size, torch.zeros(1, dtype=torch.float64))
     assert 0.95 * true <= found <= true * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("lowest", [0.0, 0.5, 0.8])
+def test_the_largest_eigenvalue_is_found_where_the_next_is_close(lowest):
+    eigenvalues = torch.linspace(lowest, 1.0, 50, dtype=torch.float64)
+    found = largest_eigenvalue(lambda v: v * eigenvalues, 50, eigenvalues[:1])
+    assert 0.97 <= found <= 1
 
 
 def test_the_largest_eigenvalue_takes_its_type_from_the_right_hand_side_and_no_random_numbers():

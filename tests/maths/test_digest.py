@@ -46,6 +46,7 @@ DIFFERENT = {
     "tensor or array": (torch.zeros(2), np.zeros(2, np.float32)),
     "the order": ((1, 2), (2, 1)),
     "where a list ends": (([1], [2, 3]), ([1, 2], [3])),
+    "where a number ends": ([1, 23], [12, 3]),
     "where a text ends": (("ab", "c"), ("a", "bc")),
     "depth": ([1, 2], [[1, 2]]),
     "one and one point nought": (1, 1.0),
@@ -253,6 +254,52 @@ def test_a_function_that_differs_in_this_has_another_digest(what):
     make, one, other = FUNCTIONS[what]
     assert code_digest(make(one)) == code_digest(make(copy.deepcopy(one)))
     assert code_digest(make(one)) != code_digest(make(other))
+
+
+class Trainer:
+    """As trainers are: it knows its callbacks, which know it, and its loss is one of its methods."""
+
+    def __init__(self, gamma):
+        self.gamma, self.callbacks = gamma, [self]
+
+    def loss(self, outputs, targets):
+        return self.gamma * F.cross_entropy(outputs, targets, reduction="none")
+
+
+def test_objects_that_know_themselves_have_digests():
+    assert code_digest(Trainer(1.0).loss) == code_digest(Trainer(1.0).loss)
+    assert code_digest(Trainer(1.0).loss) != code_digest(Trainer(2.0).loss)
+    assert sample_digest(Trainer(1.0)) != sample_digest(Trainer(2.0))
+
+
+class WithLoss(nn.Module):
+    """A model that brings its own loss."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+        with torch.no_grad():
+            self.head.weight.fill_(value)
+            self.head.bias.fill_(0.0)
+
+    def loss(self, outputs, targets):
+        return (self.head(outputs) - targets).square().sum(1)
+
+
+def test_the_loss_of_a_module_goes_by_its_weights_but_not_by_its_mode():
+    assert code_digest(WithLoss(1.0).loss) == code_digest(WithLoss(1.0).loss)
+    assert code_digest(WithLoss(1.0).loss) != code_digest(WithLoss(2.0).loss)
+    assert code_digest(WithLoss(1.0).loss) == code_digest(WithLoss(1.0).eval().requires_grad_(False).loss)
+
+
+def test_functions_that_call_each_other_have_digests():
+    def even(n):
+        return n == 0 or odd(n - 1)
+
+    def odd(n):
+        return n > 0 and even(n - 1)
+
+    assert code_digest(even) == code_digest(even) != code_digest(odd)
 
 
 def test_a_function_goes_by_its_text():

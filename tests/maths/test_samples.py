@@ -88,3 +88,10 @@ def test_to_device_keeps_the_structure_and_what_is_no_tensor():
     assert list(moved) == list(batch)
     assert moved["id"] == ["sample 0"]
     assert torch.equal(moved["x"], batch["x"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_torch_s_random_state_alone(workers):
+    state = torch.get_rng_state()
+    list(batches(Samples(pairs(6)), "train", default_collate, groups_of(0, 6, 2), CPU, workers))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -64,10 +64,15 @@ class LiSSA:
         residual = relative_residual(operator, value, rhs)
         converged = self._bound(operator, residual, value, rhs) <= self.tolerance
         reasons = tuple(
-            "" if ok else "not finite" if not math.isfinite(r) else "stopped before its error bound met the tolerance"
+            "" if ok else "not finite" if not math.isfinite(r) else self._reason(r)
             for ok, r in zip(converged.tolist(), residual.tolist(), strict=True)
         )
         return Solution(value, residual, torch.full((len(rhs),), steps), converged, reasons)
+
+    def _reason(self, residual: float) -> str:
+        if self.scale is not None and residual > 1:
+            return "the recursion diverged, its scale is too small; leave --scale and --depth to be estimated"
+        return "stopped before its error bound met the tolerance"
 
     def _recursion(
         self, operator: Curvature, rhs: Tensor, scale: float, generator: torch.Generator

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
-from infl_cache.maths.capture.mapped import looped_gradients, mapped_gradients
+from infl_cache.maths.capture.mapped import looped_gradients, mapped_gradients, per_sample_leaves
 from infl_cache.maths.params import flatten, select
 from infl_cache.maths.probe import probe_batch
 from infl_cache.maths.task import evaluating
@@ -69,6 +70,20 @@ def test_a_parameter_without_a_gradient_has_zeros_in_the_loop():
     assert relative_error(found, gradient_rows(task, range(10))) < 1e-13
     assert not found[:, :55].any()
     assert found[:, 55:].any(1).all()
+
+
+def test_leaves_of_a_sample_are_told_from_shared_ones():
+    shared, table = torch.zeros(2), torch.zeros(1, 3)
+
+    def collate(samples):
+        x, y = default_collate(samples)
+        return {"shared": shared, "x": x, "more": (table, x[:, 0], "text", None), "transposed": x.T, "y": y}
+
+    task = logistic(collate=collate)
+    for count in (1, 2, 5):
+        batch = probe_batch(task, range(count), CPU)
+        found = {id(tree_leaves(batch.data)[index]) for index in per_sample_leaves(task, batch)}
+        assert found == {id(batch.data["x"]), id(batch.data["more"][1]), id(batch.data["y"])}
 
 
 class Scaled(nn.Module):

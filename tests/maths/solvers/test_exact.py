@@ -85,6 +85,8 @@ def test_the_residual_is_the_true_one():
     found = solve(of(unsymmetric), rhs, Exact())
     assert (found.residual > 1e-3).all()
     torch.testing.assert_close(found.residual, true_residual(unsymmetric, found, rhs))
+    symmetric_part = (unsymmetric + unsymmetric.T) / 2
+    assert relative_error(found.value, torch.linalg.solve(symmetric_part, rhs.T).T) < 1e-9
     assert not found.converged.any()
 
 
