@@ -196,7 +196,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise ValueError(f"aliases are not allowed, found one in line {self.peek_event().start_mark.line + 1}")
+            raise ValueError("aliases are not allowed")
         return super().compose_node(parent, index)
 
 
