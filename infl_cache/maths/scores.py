@@ -44,7 +44,7 @@ class Queries:
 def queries(forms: Forms, s_test: Tensor) -> Queries:
     """Cut s_test rows (M, n_params) into what each stored form is multiplied with."""
     pieces = unflatten(forms.parameters, s_test)
-    dense = [pieces[name].flatten(1) for name in forms.dense]
+    dense = [pieces[name].reshape(len(s_test), -1) for name in forms.dense]
     return Queries(
         len(s_test),
         torch.cat(dense, 1) if dense else s_test.new_zeros(len(s_test), 0),

@@ -19,6 +19,7 @@ from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput
 from infl_cache.progress import progress
 from infl_cache.stages import rank
+from infl_cache.stages.influence import require_sound_matrix
 from infl_cache.stages.report import stored_column
 
 FORMATS = ("json", "csv")
@@ -45,9 +46,14 @@ def export(folder: RunFolder, kind: str, out: Path | None = None, top_k: int | N
         raise BadInput(f"format: expected one of {', '.join(FORMATS)}, found {kind!r}")
     if top_k is not None and top_k < 1:
         raise BadInput(f"top-k: expected at least 1, found {top_k}")
-    folder.require_complete("influence")
+    require_sound_matrix(folder)
     path = out or folder.path / "export" / f"influence.{kind}"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _replacing(path):
+            pass
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be written ({error}); choose another --out") from error
     records = folder.records("influence").values()
     test_labels, train_labels = stored_column(folder, "stest", "target"), stored_column(folder, "grads", "target")
     matrix = MatrixFile(folder.path / "influence.npy")

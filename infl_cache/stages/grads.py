@@ -32,6 +32,8 @@ from infl_cache.stages.same import check_against_store
 CHECKED_SAMPLES = 32
 MAX_BATCH = 256
 MAX_VMAP_BATCH = 32
+# A row that is rebuilt exists as pieces, as their concatenation, and in what vmap or autograd holds besides.
+ROW_COPIES = 4
 
 
 def grads(run: Opened, force: bool = False) -> StageResult:
@@ -58,7 +60,7 @@ def grads(run: Opened, force: bool = False) -> StageResult:
 
 
 def _first_samples(run: Opened, count: int) -> Batch:
-    """Samples spread over what the first block will hold, as one batch."""
+    """The first `count` training samples as one batch."""
     return probe_batch(run.task, list(range(min(count, len(run.task.train)))), run.device)
 
 
@@ -69,7 +71,7 @@ def _begin(run: Opened, identity: dict[str, Any]) -> tuple[dict[str, Any], list[
     check_independence(task, "train", probes, run.device)
     check_gradients_arrive(task, parameters, probes, run.device)
     first = _first_samples(run, CHECKED_SAMPLES)
-    forms, notes = decide_forms(task, parameters, first, identity["form"])
+    forms, notes = decide_forms(task, parameters, first, identity["form"], rows_at_once(run))
     dtype = identity["dtype"]
     row_bytes = forms.row_size * np.dtype(dtype).itemsize
     resources = run.options.resources
@@ -89,12 +91,17 @@ def _begin(run: Opened, identity: dict[str, Any]) -> tuple[dict[str, Any], list[
 
 def _choose_batch(run: Opened, forms: Forms, first: Batch, row_bytes: int) -> int:
     """Samples in one pass: what a quarter of the budget holds of activations and gradients."""
-    kept = activation_bytes(run.task, run.parameters, first)
+    kept = activation_bytes(run.task, run.parameters, probe_batch(run.task, first.indices[:8], run.device))
     sample = (
         4 * kept + 4 * row_bytes + 12 * sum(run.parameters.sizes[run.parameters.names.index(n)] for n in forms.mapped)
     )
     most = MAX_VMAP_BATCH if forms.mapped else MAX_BATCH
     return max(1, min(most, run.budget // 4 // sample))
+
+
+def rows_at_once(run: Opened) -> int:
+    """How many plain gradient rows may be worked with at a time outside the stage's own micro-batches."""
+    return max(1, min(CHECKED_SAMPLES, run.budget // 8 // (ROW_COPIES * 8 * run.parameters.size)))
 
 
 def layouts(forms: Forms, n_train: int, dtype: str, block_rows: int) -> list[ArrayLayout]:

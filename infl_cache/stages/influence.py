@@ -33,6 +33,7 @@ from infl_cache.stages.same import check_against_store
 
 FINAL, PARTIAL, RANKINGS = "influence.npy", "influence.partial.npy", "rankings.npz"
 TILE_COLUMNS = 4096
+PER_SAMPLE = {"loss", "target", "prediction", "residual", "measure"}
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,8 @@ def influence(run: Opened, force: bool = False) -> StageResult:
     check_against_store(run, "stest")
     shape = (len(run.task.test), len(run.task.train))
     if plan is None:
-        plan = _plan(run)
-        folder.begin("influence", run.task_identity, identity, plan)
-    tiles = all_tiles(shape, plan["tile_rows"], folder.stage_blocks("grads"), plan["tile_blocks"])
+        folder.begin("influence", run.task_identity, identity, _plan(run))
+    tiles = planned_tiles(folder)
     done = checked_tiles(folder, tiles)
     todo = [tile for tile in tiles if tile.index not in done]
     if todo:
@@ -142,16 +142,17 @@ def _tile_values(run: Opened, forms: Forms, todo: Sequence[Tile]) -> Iterator[tu
     records = run.folder.records("grads")
     read_test = _tested_rows(run, s_test)
     n_train = len(run.task.train)
+    dtype = widest_dtype(run.folder)
     loaded: tuple[Block, scores.Queries] | None = None
     for tile in todo:
         started = time.perf_counter()
         if loaded is None or loaded[0] != tile.test:
             loaded = None  # the last tile's memory goes before the next one's comes
-            loaded = (tile.test, scores.queries(forms, read_test(tile.test)))
+            loaded = (tile.test, scores.queries(forms, read_test(tile.test).to(dtype)))
         pieces = []
         for block in tile.train:
             run.folder.check_block(records[block.index])
-            factors, dense = stored_gradients(gradients, forms, block, run.device)
+            factors, dense = stored_gradients(gradients, forms, block, run.device, dtype)
             dots = scores.scores(forms, loaded[1], factors, dense, run.budget // 8)
             pieces.append(scores.influence(dots, n_train).to("cpu", torch.float32).numpy())
         yield tile, np.concatenate(pieces, axis=1), time.perf_counter() - started
@@ -176,13 +177,20 @@ def _tested_rows(run: Opened, store: Store) -> Callable[[Block], Tensor]:
     return read
 
 
+def widest_dtype(folder: RunFolder) -> torch.dtype:
+    """The type of the products: float64 if either store holds it."""
+    stored = {layout.dtype for stage in ("grads", "stest") for layout in folder.array_layouts(stage)
+              if layout.path not in PER_SAMPLE}  # fmt: skip
+    return torch.float64 if "float64" in stored else torch.float32
+
+
 def stored_gradients(
-    store: Store, forms: Forms, block: Block, device: torch.device
+    store: Store, forms: Forms, block: Block, device: torch.device, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """Factors and plain columns of a block of the grads store, as tensors."""
+    """Factors and plain columns of a block of the grads store, as tensors (of `dtype` if given)."""
     names = [name for layer in forms.factored for name in (f"{layer.key}/input", f"{layer.key}/output_grad")]
     data = store.read_block(block, [*names, *(["dense"] if forms.n_dense else [])])
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(values)).to(device) for name, values in data.items()}
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(values)).to(device, dtype) for name, values in data.items()}
     factors = {x.key: (tensors[f"{x.key}/input"], tensors[f"{x.key}/output_grad"]) for x in forms.factored}
     like = next(iter(tensors.values()))
     return factors, tensors.get("dense", like.new_zeros(block.rows, 0))
@@ -194,6 +202,8 @@ def checked_tiles(folder: RunFolder, tiles: Sequence[Tile]) -> dict[int, BlockRe
     if not records:
         return {}
     name = FINAL if (folder.path / FINAL).exists() else PARTIAL
+    if not (folder.path / name).exists():
+        raise DamagedStore(f"{folder.path / FINAL}: expected a matrix, found no file; run infl-cache influence --force")
     matrix = MatrixFile(folder.path / name)
     try:
         for tile in tiles:
@@ -209,6 +219,23 @@ def checked_tiles(folder: RunFolder, tiles: Sequence[Tile]) -> dict[int, BlockRe
     finally:
         matrix.close()
     return records
+
+
+def planned_tiles(folder: RunFolder) -> list[Tile]:
+    """The tiles of a run's matrix as the stage was begun."""
+    plan = folder.plan("influence")
+    shape = (folder.plan("stest")["n_rows"], folder.plan("grads")["n_rows"])
+    return all_tiles(shape, plan["tile_rows"], folder.stage_blocks("grads"), plan["tile_blocks"])
+
+
+def require_sound_matrix(folder: RunFolder) -> None:
+    """Raise unless `influence.npy` is finished and, byte for byte, what was committed."""
+    folder.require_complete("influence")
+    checked_tiles(folder, planned_tiles(folder))
+    if not (folder.path / FINAL).exists():
+        raise IncompleteStore(
+            f"{folder.path / FINAL}: expected a finished matrix, found none; run infl-cache influence"
+        )
 
 
 def _finish(folder: RunFolder) -> None:

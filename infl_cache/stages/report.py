@@ -17,6 +17,7 @@ from infl_cache.disk.run import RunFolder
 from infl_cache.maths.samples import fetch
 from infl_cache.maths.task import Task
 from infl_cache.stages import rank
+from infl_cache.stages.influence import require_sound_matrix
 from infl_cache.stages.opening import log
 from infl_cache.stages.same import check_same_task
 
@@ -39,7 +40,7 @@ class Asked:
 
 def report(folder: RunFolder, task: Task | None = None) -> str:
     """The table as text; with a task whose samples are pictures, also `report/influence.png`."""
-    folder.require_complete("influence")
+    require_sound_matrix(folder)
     if task is not None:
         check_same_task(folder, task)
     asked = worst_test_samples(folder, SHOWN)

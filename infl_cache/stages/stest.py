@@ -22,7 +22,7 @@ from infl_cache.maths.solvers import Solution, make_solver
 from infl_cache.maths.solvers.exact import COLUMNS
 from infl_cache.maths.task import losses_of
 from infl_cache.progress import Bar, progress
-from infl_cache.stages.grads import CHECKED_SAMPLES, MAX_BATCH, some
+from infl_cache.stages.grads import CHECKED_SAMPLES, MAX_BATCH, rows_at_once, some
 from infl_cache.stages.opening import (
     Opened,
     StageResult,
@@ -95,12 +95,8 @@ def _begin(run: Opened, identity: dict[str, Any]) -> None:
 def _compute(run: Opened, todo: Sequence[Block], finished: int) -> list[str]:
     """Solve, write, sync and commit the given blocks one after the other; notes on rows that did not converge."""
     store = run.folder.store("stest", "r+")
-    forms, notes = decide_forms(
-        run.task,
-        run.parameters,
-        probe_batch(run.task, range(min(CHECKED_SAMPLES, len(run.task.train))), run.device),
-        "dense",
-    )
+    first = probe_batch(run.task, range(min(CHECKED_SAMPLES, len(run.task.train))), run.device)
+    forms, notes = decide_forms(run.task, run.parameters, first, "dense", rows_at_once(run))
     with progress("stest", len(run.task.test), finished, show=run.options.resources.progress) as bar:
         products = _Products(run.check, bar)
         # The planned block, not the longest that is left: a resumed run does the same arithmetic as a calm one.
@@ -181,9 +177,9 @@ def _operator(run: Opened, sides: int) -> Curvature:
 
 def _right_hand_sides(run: Opened, forms: Forms, block: Block) -> tuple[Captured, Tensor, Any]:
     """d measure / d theta of the block's test samples (K, P), with their losses, targets and predictions."""
-    size = run.options.resources.batch_size or 64
-    if forms.mapped:
-        size = 1 if forms.engine == "loop" else min(size, 16)
+    size = min(run.options.resources.batch_size or CHECKED_SAMPLES, rows_at_once(run))
+    if forms.mapped and forms.engine == "loop":
+        size = 1
     pieces, rows, digests, losses = [], [], [], []
     for batch in batches(run.task.test, "test", run.task.collate, groups_of(block.start, block.stop, size), run.device):
         captured = capture(run.task, forms, batch, measure=True)

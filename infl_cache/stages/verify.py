@@ -13,7 +13,7 @@ from infl_cache.disk.store import record_of_file
 from infl_cache.disk.sweep import OUTPUTS
 from infl_cache.errors import BadInput, DamagedStore
 from infl_cache.progress import progress
-from infl_cache.stages.influence import all_tiles, checked_tiles
+from infl_cache.stages.influence import checked_tiles, planned_tiles
 
 STORES = ("grads", "stest")
 
@@ -72,11 +72,8 @@ def _matrix_faults(folder: RunFolder) -> list[str]:
     records: dict[int, BlockRecord] = folder.records("influence")
     if not records or not {"grads", "stest"} <= set(folder.manifest.stages):
         return []
-    plan = folder.plan("influence")
-    shape = (folder.plan("stest")["n_rows"], folder.plan("grads")["n_rows"])
-    tiles = all_tiles(shape, plan["tile_rows"], folder.stage_blocks("grads"), plan["tile_blocks"])
     try:
-        checked_tiles(folder, tiles)
+        checked_tiles(folder, planned_tiles(folder))
     except DamagedStore as error:
         return [str(error)]
     return []

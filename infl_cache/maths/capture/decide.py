@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -24,12 +25,13 @@ LENGTH_PROBES = 16
 
 
 def decide_forms(
-    task: Task, parameters: Parameters, batch: Batch, form: Literal["auto", "dense"]
+    task: Task, parameters: Parameters, batch: Batch, form: Literal["auto", "dense"], at_once: int = 32
 ) -> tuple[Forms, list[str]]:
     """The forms for a task, and in words every layer that a rule should have covered but did not.
 
     Factored where that is smaller (`form="auto"`), by rule where one agrees with plain autograd on
     every sample of `batch`, by vmap of the whole model for the rest, by a loop where vmap fails.
+    No more than `at_once` samples' gradients are held at a time.
     """
     found = _linear_layers(task, parameters, batch)
     varying = _varying_layers(task, found)
@@ -39,37 +41,31 @@ def decide_forms(
         for module in sorted(varying)
         if form == "auto"
     ]
-    forms = _arranged(parameters, found, form, varying)
-    reference = {index: _reference_row(task, parameters, index, batch) for index in batch.indices}
-    if forms.mapped:
-        forms, note = _with_working_engine(task, forms, batch)
-        notes += note
-    wrong = _disagreeing(task, forms, batch, reference)
-    bad_layers = [layer for layer in found if wrong.intersection(layer.names)]
-    if bad_layers:
-        notes += [
-            f"layer {layer.module!r} disagrees with plain autograd by its rule; vmap takes it" for layer in bad_layers
-        ]
-        forms = _arranged(parameters, [layer for layer in found if layer not in bad_layers], form, varying)
-        forms, note = _with_working_engine(task, forms, batch)
-        notes += note
-        wrong = _disagreeing(task, forms, batch, reference)
+    groups = [batch.indices[i : i + at_once] for i in range(0, len(batch.indices), at_once)]
+    forms, more = _with_working_engine(task, _arranged(parameters, found, form, varying), groups)
+    wrong = _disagreeing(task, forms, groups)
+    bad = [layer for layer in found if wrong.intersection(layer.names)]
+    if bad:
+        more += [f"layer {layer.module!r} disagrees with plain autograd by its rule; vmap takes it" for layer in bad]
+        rest = [layer for layer in found if layer not in bad]
+        forms, note = _with_working_engine(task, _arranged(parameters, rest, form, varying), groups)
+        more += note
+        wrong = _disagreeing(task, forms, groups)
     if wrong and forms.engine == "vmap" and forms.mapped:
-        notes.append("vmap of the whole model disagrees with plain autograd; a loop over samples takes its place")
+        more.append("vmap of the whole model disagrees with plain autograd; a loop over samples takes its place")
         forms = replace(forms, engine="loop")
-        wrong = _disagreeing(task, forms, batch, reference)
+        wrong = _disagreeing(task, forms, groups)
     if wrong:
         raise BadInput(
             f"gradients of {', '.join(sorted(wrong)[:4])}: expected two computations to agree, found that they differ;"
             " does the model keep state between calls, or draw random numbers?"
         )
-    return forms, notes
+    return forms, notes + more
 
 
 def check_forms(task: Task, forms: Forms, batch: Batch) -> None:
     """`BadInput` if forms that were decided earlier no longer agree with plain autograd."""
-    reference = {index: _reference_row(task, forms.parameters, index, batch) for index in batch.indices}
-    wrong = _disagreeing(task, forms, batch, reference)
+    wrong = _disagreeing(task, forms, [[index] for index in batch.indices])
     if wrong:
         raise BadInput(
             f"gradients of {', '.join(sorted(wrong)[:4])}: expected agreement with plain autograd as when the run"
@@ -150,10 +146,12 @@ def _arranged(parameters: Parameters, layers: list[Layer], form: str, varying: s
     )
 
 
-def _with_working_engine(task: Task, forms: Forms, batch: Batch) -> tuple[Forms, list[str]]:
+def _with_working_engine(task: Task, forms: Forms, groups: Sequence[Sequence[int]]) -> tuple[Forms, list[str]]:
     """The forms with vmap if it runs on this model, else with the loop, and a note that says why."""
+    if not forms.mapped:
+        return forms, []
     try:
-        capture(task, forms, batch)
+        capture(task, forms, probe_batch(task, groups[0], next(task.model.parameters()).device))
         return forms, []
     except Exception as error:  # vmap refuses in many ways: in-place writes, data-dependent branches, custom kernels
         reason = " ".join(str(error).split())[:160]
@@ -162,25 +160,19 @@ def _with_working_engine(task: Task, forms: Forms, batch: Batch) -> tuple[Forms,
         ]
 
 
-def _reference_row(task: Task, parameters: Parameters, index: int, batch: Batch) -> dict[str, Tensor | None]:
-    device = next(task.model.parameters()).device
-    return reference_gradient(task, parameters, probe_batch(task, [index], device))
-
-
-def _disagreeing(task: Task, forms: Forms, batch: Batch, reference: dict[int, dict[str, Tensor | None]]) -> set[str]:
+def _disagreeing(task: Task, forms: Forms, groups: Sequence[Sequence[int]]) -> set[str]:
     """Names of parameters whose captured gradient of some sample differs from plain autograd by more than rounding."""
     device = next(task.model.parameters()).device
-    groups = [[index] for index in batch.indices] if forms.engine == "loop" and forms.mapped else [list(batch.indices)]
+    if forms.engine == "loop" and forms.mapped:
+        groups = [[index] for group in groups for index in group]
     wrong: set[str] = set()
     for group in groups:
-        captured = capture(task, forms, batch if len(group) == len(batch.indices) else probe_batch(task, group, device))
+        captured = capture(task, forms, probe_batch(task, group, device))
         rows = unflatten(forms.parameters, rows_of(forms, captured.factors, captured.dense))
         for row, index in enumerate(group):
-            expected = reference[index]
+            expected = reference_gradient(task, forms.parameters, probe_batch(task, [index], device))
             norm = sum(float(g.square().sum()) for g in expected.values() if g is not None) ** 0.5
-            for name in forms.parameters.names:
-                if not _close(rows[name][row], expected[name], norm):
-                    wrong.add(name)
+            wrong |= {name for name in forms.parameters.names if not _close(rows[name][row], expected[name], norm)}
     return wrong
 
 
