@@ -166,27 +166,40 @@ def _plain_parser(name: str, usage: str) -> ArgumentParser:
 def _run_stages(names: Sequence[str], given: Namespace) -> None:
     """The named stages, with options from defaults, then RUN/run.yaml, then --config, then the command line."""
     own = {key: value for key, value in vars(given).items() if value is not None}
-    config = read_config_file(Path(own["config"])) if "config" in own else {}
-    merged = {**config, **own}
+    config = _config(Path(own["config"])) if "config" in own else {}
+    common = config.get("task_args") or {}
+    if not isinstance(common, dict):
+        raise BadInput(f"task-args: expected a mapping, found {common!r}")
+    merged = {**config, **own, "task_args": {**common, **own.get("task_args", {})}}
     for name in ("task", "run"):
         if not isinstance(merged.get(name), str):
             raise BadInput(f"{name}: expected --{name} on the command line or {name}: in --config, found none")
-    reference = {"task": merged.pop("task"), "task_args": merged.pop("task_args", None) or {}}
-    if not isinstance(reference["task_args"], dict):
-        raise BadInput(f"task-args: expected a mapping, found {reference['task_args']!r}")
+    named, arguments = merged.pop("task"), merged.pop("task_args")
     force, path = bool(merged.pop("force", False)), merged.pop("run")
     for name in ("config", "debug"):
         merged.pop(name, None)
-    run = Run(path, load_task(**_as_call(reference)), **merged)
-    run.reference = reference
-    for name in names:
-        print(_result_line(getattr(run, name)(force)), flush=True)
+    run = Run(path, load_task(named, arguments), **merged)
+    run.reference = {"task": _lasting(named), "task_args": arguments}
+    # `run --force` starts everything over at once: no stage then finds another's older options in its way.
+    results = run.all(force) if force and len(names) > 1 else (getattr(run, name)(force) for name in names)
+    for result in results:
+        print(_result_line(result), flush=True)
     if list(names) == list(STAGES):
         print("\n" + report(RunFolder(run.path), run.task))
 
 
-def _as_call(reference: dict[str, Any]) -> dict[str, Any]:
-    return {"reference": reference["task"], "arguments": reference["task_args"]}
+def _config(path: Path) -> dict[str, Any]:
+    """Options of a file; the run.yaml of a run folder means that folder, wherever it has been moved."""
+    config = read_config_file(path)
+    if (path.parent / "manifest.json").exists():
+        config["run"] = str(path.parent)
+    return config
+
+
+def _lasting(reference: str) -> str:
+    """A task's file with its whole path, so that run.yaml runs again from anywhere."""
+    place, colon, name = reference.rpartition(":")
+    return f"{Path(place).resolve()}{colon}{name}" if place.endswith(".py") else reference
 
 
 def _result_line(result: StageResult) -> str:

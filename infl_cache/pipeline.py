@@ -10,20 +10,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from infl_cache.config import Options, option_fields, read_config_file
+from infl_cache.config import Options, option_fields, read_config_file, short
 from infl_cache.disk.layout import Block, rows_by_block
-from infl_cache.disk.run import RunFolder
+from infl_cache.disk.run import Force, RunFolder
 from infl_cache.errors import BadInput, IncompleteStore
 from infl_cache.maths.capture import Forms, rows_of
 from infl_cache.maths.task import Task
 from infl_cache.stages import rank
 from infl_cache.stages.grads import grads
-from infl_cache.stages.influence import influence, stored_gradients
+from infl_cache.stages.influence import influence, require_sound_matrix, stored_gradients
 from infl_cache.stages.opening import Opened, StageResult, opened
+from infl_cache.stages.same import check_same_task
 from infl_cache.stages.status import Status, status
 from infl_cache.stages.stest import stest
 
-Stage = Callable[[Opened, bool], StageResult]
+Stage = Callable[[Opened, Force], StageResult]
 STAGES: dict[str, Stage] = {"grads": grads, "stest": stest, "influence": influence}
 
 
@@ -65,7 +66,9 @@ class Run:
         # How the task was named on the command line, kept so that run.yaml runs again.
         self.reference: dict[str, Any] = {"task": None, "task_args": {}}
         self.folder = RunFolder(self.path)
-        self.options = Options.resolve({**inherited_options(self.folder), **options})
+        self.options = Options.resolve({**inherited_options(self.folder, options.get("solver")), **options})
+        # The matrix as it was when its checksums were last compared: name of the file, size, time of change.
+        self._sound: tuple[int, int] | None = None
 
     def grads(self, force: bool = False) -> StageResult:
         """Stage 1: the gradient of every training sample into `grad_z.zarr`."""
@@ -80,24 +83,34 @@ class Run:
         return self._stage("influence", force)
 
     def all(self, force: bool = False) -> list[StageResult]:
-        """The three stages in order."""
-        return [self._stage(name, force) for name in STAGES]
+        """The three stages in order; with `force`, all of them from the beginning."""
+        return [self._stage(name, "all" if force and name == "grads" else False) for name in STAGES]
 
     def scores(self) -> NDArray[np.float32]:
-        """The influence matrix as a read-only memory map, float32 (n_test, n_train)."""
+        """The influence matrix as a read-only memory map, float32 (n_test, n_train).
+
+        Its checksums are compared the first time, and again when the file has changed.
+        """
         file = self.path / "influence.npy"
         if not file.exists():
             raise IncompleteStore(f"{file}: expected a finished matrix, found none; run infl-cache influence first")
+        now = (file.stat().st_size, file.stat().st_mtime_ns)
+        if self._sound != now:
+            self.folder = RunFolder(self.path)
+            require_sound_matrix(self.folder)
+            if self.task is not None:
+                check_same_task(self.folder, self.task)
+            self._sound = now
         matrix: NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
         return matrix
 
     def helpful(self, j: int, k: int = 10) -> rank.Ranking:
         """The k training samples that help test sample j most: ids and influences, the most negative first."""
-        return rank.helpful(self._row(j), k)
+        return rank.helpful(self._row(j, k), k)
 
     def harmful(self, j: int, k: int = 10) -> rank.Ranking:
         """The k training samples that harm test sample j most: ids and influences, the most positive first."""
-        return rank.harmful(self._row(j), k)
+        return rank.harmful(self._row(j, k), k)
 
     def grad_z(self, rows: int | slice | Sequence[int]) -> NDArray[np.floating[Any]]:
         """Gradients of the given training samples as plain rows (rows, n_params), rebuilt from factors."""
@@ -120,17 +133,19 @@ class Run:
         """What is done and what is left; reads only, also while another process is writing."""
         return status(RunFolder(self.path))
 
-    def _stage(self, name: str, force: bool) -> StageResult:
+    def _stage(self, name: str, force: Force) -> StageResult:
         if self.task is None:
             raise BadInput("task: expected a Task to compute with, found none; Run(path, task)")
         self.folder.configuration = {**self.reference, "run": str(self.path), **self.options.flat()}
         with opened(self.folder, self.task, self.options) as run:
             return STAGES[name](run, force)
 
-    def _row(self, j: int) -> NDArray[np.float32]:
+    def _row(self, j: int, k: int) -> NDArray[np.float32]:
         scores = self.scores()
-        if not -len(scores) <= j < len(scores):
+        if not 0 <= j < len(scores):
             raise BadInput(f"test sample: expected 0 to {len(scores) - 1}, found {j}")
+        if k < 1:
+            raise BadInput(f"k: expected at least 1, found {k}")
         return np.array(scores[j])
 
     def _vectors(
@@ -138,33 +153,43 @@ class Run:
     ) -> NDArray[Any]:
         """Rows of a store in the order asked for; a single index gives one row."""
         n_rows = self.folder.plan(stage)["n_rows"]
-        if isinstance(rows, slice):
-            wanted = list(range(*rows.indices(n_rows)))
-        else:
-            wanted = [int(rows)] if isinstance(rows, (int, np.integer)) else [int(row) for row in rows]
-        if any(not 0 <= row < n_rows for row in wanted):
-            raise BadInput(
-                f"{stage}: expected rows from 0 to {n_rows - 1}, found {[r for r in wanted if not 0 <= r < n_rows][:5]}"
-            )
+        wanted = row_numbers(rows, n_rows, stage)
         records, every = self.folder.records(stage), self.folder.stage_blocks(stage)
-        found: dict[int, NDArray[Any]] = {}
+        together: NDArray[Any] | None = None
         for index, positions in rows_by_block(wanted, self.folder.plan(stage)["block_rows"]).items():
+            block = every[index]
             if index not in records:
-                raise IncompleteStore(
-                    f"{self.path}: {stage} rows {every[index].start} to {every[index].stop - 1} are not done"
-                )
+                raise IncompleteStore(f"{self.path}: {stage} rows {block.start} to {block.stop - 1} are not done")
             self.folder.check_block(records[index])
-            for position in positions:
-                row = wanted[position]
-                found[position] = read(Block(index, row, row + 1))[0]
-        together = np.stack([found[position] for position in range(len(wanted))]) if wanted else np.empty((0, 0))
+            asked = np.array([wanted[position] for position in positions])
+            values = read(Block(index, int(asked.min()), int(asked.max()) + 1))[asked - asked.min()]
+            if together is None:
+                together = np.empty((len(wanted), values.shape[1]), values.dtype)
+            together[positions] = values
+        if together is None:
+            return np.empty((0, int((self.folder.manifest.task or {}).get("n_params", 0))))
         return together[0] if isinstance(rows, (int, np.integer)) else together
 
 
-def inherited_options(folder: RunFolder) -> Mapping[str, Any]:
-    """The options of `run.yaml` that decide numbers: what was chosen once holds until it is changed on purpose."""
+def row_numbers(rows: int | slice | Sequence[int], n_rows: int, stage: str) -> list[int]:
+    """The rows asked for, as integers; `BadInput` if there is no such row."""
+    if isinstance(rows, slice):
+        return list(range(*rows.indices(n_rows)))
+    asked = np.atleast_1d(np.asarray(rows))
+    if asked.size and (asked.dtype.kind not in "iu" or asked.ndim != 1 or asked.min() < 0 or asked.max() >= n_rows):
+        raise BadInput(f"{stage}: expected row numbers from 0 to {n_rows - 1}, found {short(rows)}")
+    return [int(row) for row in asked]
+
+
+def inherited_options(folder: RunFolder, solver: str | None = None) -> Mapping[str, Any]:
+    """The options of `run.yaml` that decide numbers: what was chosen once holds until it is changed on purpose.
+
+    Options of one solver are not handed to another.
+    """
     if not folder.exists or not (folder.path / "run.yaml").exists():
         return {}
     stored = read_config_file(folder.path / "run.yaml")
     numeric = {name for name, section, _ in option_fields() if section != "resources"}
+    if solver not in (None, stored.get("solver")):
+        numeric -= {"tolerance", "max_iterations", "scale", "depth", "repeats", "sample_batch", "solve_dtype"}
     return {name: value for name, value in stored.items() if name in numeric}

@@ -20,8 +20,9 @@ Identity = dict[str, Any]
 class Manifest:
     """`manifest.json`: the task's identity, and per stage its own identity and the plan of its files.
 
-    A stage's entry is `{"identity": ..., "fingerprint": ..., "plan": ...}`: the identity must be
-    met to carry on, the plan (block size, forms, files) is taken from here and never decided again.
+    A stage's entry is `{"identity": ..., "fingerprint": ..., "options": ..., "plan": ...}`: the identity must be
+    met to carry on, the plan (block size, forms, files) is taken from here and never decided again,
+    `options` are those of its options that were chosen by name. A checksum covers all of it.
     """
 
     task: Identity | None = None
@@ -32,27 +33,34 @@ class Manifest:
         """The manifest in `path`, or an empty one where there is none."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            found = content["format"]
+            if content["format"] != FORMAT:
+                found = content["format"]
+                raise ForeignRun(
+                    f"{path}: expected format {FORMAT}, found format {found!r}; use the version that wrote it"
+                )
             manifest = cls(content["task"], content["stages"])
             sound = isinstance(manifest.stages, dict) and isinstance(manifest.task, dict | None)
             for entry in manifest.stages.values():
                 kinds = (("identity", dict), ("plan", dict), ("fingerprint", str))
                 sound = sound and all(isinstance(entry[name], kind) for name, kind in kinds)
+            intact = content["checksum"] == manifest.checksum()
         except FileNotFoundError:
             return cls()
         except OSError as error:
             raise BadInput(f"{path.parent} cannot be a run folder: {error.strerror}; choose another --run") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DamagedStore(f"{path}: expected a manifest, found a damaged file ({error})") from error
-        if found != FORMAT:
-            raise ForeignRun(f"{path}: expected format {FORMAT}, found format {found!r}; use the version that wrote it")
-        if not sound:
-            raise DamagedStore(f"{path}: expected a manifest, found parts of another kind")
+            raise DamagedStore(f"{path}: expected a manifest, found a damaged file ({error}); restore it") from error
+        if not (sound and intact):
+            raise DamagedStore(f"{path}: expected the manifest as it was written, found an edited one; restore it")
         return manifest
+
+    def checksum(self) -> str:
+        """Over all that it says."""
+        return fingerprint({"task": self.task, "stages": self.stages})
 
     def write(self, path: Path) -> None:
         """Replace `path` by this manifest, atomically and durably."""
-        content = {"format": FORMAT, "task": self.task, "stages": self.stages}
+        content = {"format": FORMAT, "checksum": self.checksum(), "task": self.task, "stages": self.stages}
         write_atomically(path, json.dumps(content, indent=1, sort_keys=True).encode())
 
 

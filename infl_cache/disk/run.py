@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -21,6 +21,7 @@ from infl_cache.disk.store import Store, create_store, record_of_chunk, record_o
 from infl_cache.disk.sweep import OUTPUTS, forget_unbegun, refuse_other_folders, remove_leftovers
 from infl_cache.errors import BadInput, DamagedStore, ForeignRun, IncompleteStore
 
+Force = bool | Literal["all"]
 # Which stages hang on a stage.
 CHILDREN = {
     "grads": ("influence", "rankings"),
@@ -39,6 +40,8 @@ class RunFolder:
         # What run.yaml says, written when a stage begins or goes on: a killed run knows its options.
         self.configuration: Mapping[str, Any] = {}
         self._ledger: Ledger | None = None
+        # Stages that `begin` will remove before it makes a new one.
+        self._anew: tuple[str, ...] = ()
 
     @property
     def exists(self) -> bool:
@@ -77,30 +80,38 @@ class RunFolder:
                 " restore it, or use another --run"
             )
 
-    def check(self, stage: str, task: Identity, identity: Identity) -> None:
-        """Raise `ForeignRun` with every differing field unless the folder was made from these identities."""
-        found = differences((self.manifest.stages and self.manifest.task) or task, task)
-        if stage in self.manifest.stages:
+    def check(self, stage: str, task: Identity, identity: Identity, anew: Iterable[str] = ()) -> None:
+        """Raise `ForeignRun` with every differing field unless what is done was made from these identities.
+
+        `anew` are stages that are about to be started over. What was begun but has not one block is no claim.
+        Options that other finished work was made with are compared too: none is ever silently ignored.
+        """
+        kept = [name for name in self.manifest.stages if name not in set(anew) and self.records(name)]
+        found = differences(self.manifest.task or task, task) if kept else []
+        if stage in kept:
             found += differences(self.manifest.stages[stage]["identity"], identity)
+        for name in kept:
+            chosen = self.manifest.stages[name].get("options", {}) if name != stage else {}
+            asked = {key: self.configuration.get(key, value) for key, value in chosen.items()}
+            found += [f"{each} ({name})" for each in differences(chosen, asked)]
         if found:
             raise ForeignRun(
                 f"{self.path} belongs to another task or configuration: {'; '.join(found)}."
                 f" Use another --run, or start this stage over with --force"
             )
 
-    def claim(self, stage: str, task: Identity, identity: Identity, force: bool) -> dict[str, Any] | None:
-        """The plan of `stage` as it was begun, or None if it has yet to begin.
+    def claim(self, stage: str, task: Identity, identity: Identity, force: Force) -> dict[str, Any] | None:
+        """The plan of `stage` as it was begun, or None if it has yet to begin (again).
 
-        With `force`, what the stage and its children have done is removed first. If the task itself is another
-        one, stage 1 (where everything begins) removes all of the old; the others refuse while other stages are there.
+        With `force` the stage and its children will be removed by `begin`, once the new ones have been tried;
+        with `force="all"`, or in stage 1 for another task, everything will. The other stages refuse another task.
         """
-        foreign = bool(differences(self.manifest.task or task, task))
-        others = set(self.manifest.stages) - {stage, *CHILDREN[stage]}
-        if force and (stage == "grads" or not foreign or not others):
-            self.drop(OUTPUTS if foreign else (stage, *CHILDREN[stage]))
-        self.check(stage, task, identity)
+        self._anew = (stage, *CHILDREN[stage]) if force else (stage,)
+        if force == "all" or (force and stage == "grads" and differences(self.manifest.task or task, task)):
+            self._anew = tuple(OUTPUTS)
+        self.check(stage, task, identity, self._anew if force else ())
         entry = self.manifest.stages.get(stage)
-        if entry is None:
+        if force or entry is None or (not self.records(stage) and entry["identity"] != identity):
             return None
         self._write_run_yaml()
         plan: dict[str, Any] = entry["plan"]
@@ -108,7 +119,7 @@ class RunFolder:
 
     def begin(self, stage: str, task: Identity, identity: Identity, plan: dict[str, Any]) -> None:
         """Write down what `stage` will be computed from and how its files are cut, before any of them."""
-        self.drop((stage,))
+        self._drop_for(stage)
         self._enter(stage, task, identity, plan)
 
     def begin_store(
@@ -117,11 +128,16 @@ class RunFolder:
     ) -> None:  # fmt: skip
         """`begin`, for a stage whose output is a zarr store: the empty store comes first, then the claim on it."""
         layouts = tuple(layouts)
-        self.drop((stage,))
+        self._drop_for(stage)
         files = create_store(self.path / OUTPUTS[stage][0], layouts, codec)
         arrays = [dataclasses.asdict(layout) for layout in layouts]
         metadata = [dataclasses.asdict(file) for file in files]
         self._enter(stage, task, identity, {**plan, "arrays": arrays, "metadata": metadata})
+
+    def _drop_for(self, stage: str) -> None:
+        """Remove what the claim on `stage` said will be made anew."""
+        anew, self._anew = self._anew, ()
+        self.drop({stage, *(anew if stage in anew else ())})
 
     def drop(self, stages: Iterable[str]) -> None:
         """Forget stages and remove their files: first the claim, then the files, so a crash between lies not."""
@@ -242,8 +258,13 @@ class RunFolder:
 
     def _enter(self, stage: str, task: Identity, identity: Identity, plan: dict[str, Any]) -> None:
         self.manifest.task = task
-        chained = fingerprint({"task": task, "stage": identity})
-        self.manifest.stages[stage] = {"identity": identity, "fingerprint": chained, "plan": plan}
+        chosen = identity if stage in ("grads", "stest") else ()
+        self.manifest.stages[stage] = {
+            "identity": identity,
+            "fingerprint": fingerprint({"task": task, "stage": identity}),
+            "options": {key: self.configuration[key] for key in chosen if key in self.configuration},
+            "plan": plan,
+        }
         self._write_run_yaml()
         self._write_manifest()
 

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+# Names of the module that a function reads as settings; other objects there may change without changing what it does.
+CONSTANTS = (bool, int, float, complex, str, bytes, tuple, frozenset, np.generic, Tensor)
+
 
 def sample_digest(sample: Any) -> int:
     """64 bits over everything in a sample: tensors, arrays, numbers, text, pictures, nested.
@@ -93,13 +96,25 @@ def _feed_function(hasher: Any, function: Any, seen: set[int]) -> None:
     _feed(hasher, (getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)))
     for cell in getattr(function, "__closure__", None) or ():
         try:
-            value = cell.cell_contents
+            _feed_used(hasher, cell.cell_contents, seen)
         except ValueError:  # a closed-over name that is not bound yet
             continue
-        if callable(value):
-            _feed_code(hasher, value, seen)
-        elif isinstance(value, (Tensor, np.ndarray, int, float, str, bool, tuple, list, dict)):
-            _feed(hasher, value)
+    used = getattr(getattr(function, "__code__", None), "co_names", ())
+    names = getattr(function, "__globals__", {})
+    for name in used:
+        value = names.get(name)
+        own = getattr(value, "__module__", None) == getattr(function, "__module__", "")
+        if isinstance(value, CONSTANTS) or (own and inspect.isfunction(value)):
+            hasher.update(name.encode())
+            _feed_used(hasher, value, seen)
+
+
+def _feed_used(hasher: Any, value: Any, seen: set[int]) -> None:
+    """Something that a function uses: code by what it does, anything else by what it holds."""
+    if callable(value):
+        _feed_code(hasher, value, seen)
+    else:
+        _feed(hasher, value)
 
 
 def _text_of(function: Any) -> str:

@@ -56,7 +56,9 @@ def select(model: nn.Module, patterns: Sequence[str] | None) -> Parameters:
     if patterns is None:
         chosen = [name for name, parameter in every.items() if parameter.requires_grad]
     else:
-        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise BadInput(f"parameters: expected names or patterns, found {patterns!r}")
         first_name = {id(parameter): name for name, parameter in every.items()}
         matched: set[str] = set()
         for pattern in patterns:

@@ -11,6 +11,7 @@ import torch
 
 from infl_cache.disk.codecs import Codec
 from infl_cache.disk.layout import ArrayLayout, Block, array_layout, choose_block_rows
+from infl_cache.disk.run import Force
 from infl_cache.disk.store import Array
 from infl_cache.errors import BadInput
 from infl_cache.maths.capture import Captured, Forms, capture, decide_forms
@@ -36,7 +37,7 @@ MAX_VMAP_BATCH = 32
 ROW_COPIES = 4
 
 
-def grads(run: Opened, force: bool = False) -> StageResult:
+def grads(run: Opened, force: Force = False) -> StageResult:
     """Compute what is missing of `grad_z.zarr`; a finished store is left as it is."""
     started = time.perf_counter()
     identity = options_identity(

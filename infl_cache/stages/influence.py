@@ -6,32 +6,31 @@ work and of commit is a tile of the matrix: the rows of a test tile by a run of 
 
 from __future__ import annotations
 
-import io
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from infl_cache.disk.durable import crc32c, sync_folders, write_atomically
+from infl_cache.disk.durable import crc32c, sync_folders
 from infl_cache.disk.layout import Block, blocks
 from infl_cache.disk.ledger import BlockRecord, FileRecord
 from infl_cache.disk.matrix import Floats, MatrixFile, create_matrix
-from infl_cache.disk.run import RunFolder
+from infl_cache.disk.run import Force, RunFolder
 from infl_cache.disk.store import Store
 from infl_cache.errors import DamagedStore, IncompleteStore
 from infl_cache.maths import scores
 from infl_cache.maths.capture import Forms
 from infl_cache.progress import progress
-from infl_cache.stages import rank
 from infl_cache.stages.grads import some
 from infl_cache.stages.opening import Opened, StageResult, summary
+from infl_cache.stages.rankings import write_rankings
 from infl_cache.stages.same import check_against_store
 
-FINAL, PARTIAL, RANKINGS = "influence.npy", "influence.partial.npy", "rankings.npz"
+FINAL, PARTIAL = "influence.npy", "influence.partial.npy"
 TILE_COLUMNS = 4096
 PER_SAMPLE = {"loss", "target", "prediction", "residual", "measure"}
 
@@ -50,7 +49,7 @@ class Tile:
         return slice(self.train[0].start, self.train[-1].stop)
 
 
-def influence(run: Opened, force: bool = False) -> StageResult:
+def influence(run: Opened, force: Force = False) -> StageResult:
     """Compute what is missing of `influence.npy`, then the rankings."""
     started = time.perf_counter()
     folder = run.folder
@@ -68,7 +67,7 @@ def influence(run: Opened, force: bool = False) -> StageResult:
     if todo:
         _compute(run, tiles, todo, shape, skipped_train)
     _finish(folder)
-    _rank(run, force or bool(todo))
+    write_rankings(run, bool(force) or bool(todo))
     notes = [f"test samples {some(skipped_test)} have no s_test; their rows are NaN"] if skipped_test else []
     if skipped_train:
         notes.append(f"train samples {some(skipped_train)} have no finite gradient; their columns are NaN")
@@ -233,9 +232,7 @@ def require_sound_matrix(folder: RunFolder) -> None:
     folder.require_complete("influence")
     checked_tiles(folder, planned_tiles(folder))
     if not (folder.path / FINAL).exists():
-        raise IncompleteStore(
-            f"{folder.path / FINAL}: expected a finished matrix, found none; run infl-cache influence"
-        )
+        raise IncompleteStore(f"{folder.path / FINAL}: expected a finished matrix, found none; run influence")
 
 
 def _finish(folder: RunFolder) -> None:
@@ -243,66 +240,3 @@ def _finish(folder: RunFolder) -> None:
     if (folder.path / PARTIAL).exists():
         os.replace(folder.path / PARTIAL, folder.path / FINAL)
         sync_folders([folder.path])
-
-
-def _rank(run: Opened, anew: bool) -> None:
-    """`rankings.npz`: helpful and harmful ids and values per test sample, and of the mean over test samples."""
-    folder, k = run.folder, min(run.options.influence.top_k, len(run.task.train))
-    identity = {"influence": folder.fingerprint("influence"), "top_k": k}
-    entry = folder.manifest.stages.get("rankings")
-    if not anew and entry is not None and entry["identity"] == identity and _rankings_intact(folder):
-        return
-    folder.begin("rankings", run.task_identity, identity, {"n_rows": 1, "block_rows": 1})
-    started = time.perf_counter()
-    buffer = io.BytesIO()
-    np.savez(buffer, **rankings(folder, k, run.budget // 8))  # type: ignore[arg-type]
-    write_atomically(folder.path / RANKINGS, buffer.getvalue())
-    folder.commit("rankings", Block(0, 0, 1), [folder.record_file(RANKINGS)], time.perf_counter() - started)
-
-
-def _rankings_intact(folder: RunFolder) -> bool:
-    records = folder.records("rankings")
-    file = folder.path / RANKINGS
-    return 0 in records and file.exists() and folder.record_file(RANKINGS) in records[0].files
-
-
-def rankings(folder: RunFolder, k: int, budget: int) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
-    """Ids (n_test, k) padded with -1, values padded with NaN; `mean_*` (k,) of the mean over finite test rows."""
-    found: dict[str, list[rank.Ranking]] = {"helpful": [], "harmful": []}
-    total, count = None, None
-    for rows in matrix_rows(folder, budget):
-        finite = np.isfinite(rows)
-        summed = np.where(finite, rows, 0).sum(0, dtype=np.float64)
-        total = summed if total is None else total + summed
-        count = finite.sum(0) if count is None else count + finite.sum(0)
-        for row in rows:
-            found["helpful"].append(rank.helpful(row, k))
-            found["harmful"].append(rank.harmful(row, k))
-    assert total is not None
-    assert count is not None
-    mean = np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
-    arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {"mean": mean}
-    for name, of_mean in (("helpful", rank.helpful(mean, k)), ("harmful", rank.harmful(mean, k))):
-        arrays[f"{name}_ids"], arrays[f"{name}_values"] = _padded(found[name], k)
-        arrays[f"mean_{name}_ids"], arrays[f"mean_{name}_values"] = of_mean.ids, of_mean.values
-    return arrays
-
-
-def matrix_rows(folder: RunFolder, budget: int) -> Iterator[Floats]:
-    """The finished matrix a few rows at a time, within `budget` bytes."""
-    matrix = MatrixFile(folder.path / FINAL)
-    try:
-        step = max(1, budget // (16 * matrix.shape[1]))
-        for block in blocks(matrix.shape[0], step):
-            yield matrix.read(block.start, block.stop)
-    finally:
-        matrix.close()
-
-
-def _padded(found: Iterable[rank.Ranking], k: int) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.generic]], Floats]:
-    found = list(found)
-    ids = np.full((len(found), k), -1, np.int64)
-    values = np.full((len(found), k), np.nan, np.float32)
-    for row, each in enumerate(found):
-        ids[row, : len(each.ids)], values[row, : len(each.ids)] = each.ids, each.values
-    return ids, values

@@ -34,10 +34,13 @@ def check_against_store(run: Opened, stage: str) -> None:
     name = "train" if stage == "grads" else "test"
     store = run.folder.store(stage)
     every = run.folder.stage_blocks(stage)
-    parts = [store.read_block(every[index], ["digest", "loss"]) for index in sorted(done)]
+    columns = ["digest", "loss"] if stage == "grads" else ["digest", "loss", "measure"]
+    parts = [store.read_block(every[index], columns) for index in sorted(done)]
     rows = np.concatenate([np.arange(every[index].start, every[index].stop) for index in sorted(done)])
     check_digests(getattr(run.task, name), name, rows.tolist(), np.concatenate([part["digest"] for part in parts]))
-    check_losses(run.task, name, rows.tolist(), np.concatenate([part["loss"] for part in parts]), run.device)
+    for column in columns[1:]:
+        stored = np.concatenate([part[column] for part in parts])
+        check_values(run.task, name, column, rows.tolist(), stored, run.device)
 
 
 def check_digests(dataset: Any, name: str, rows: Sequence[int], stored: NDArray[Any]) -> None:
@@ -56,16 +59,19 @@ def check_digests(dataset: Any, name: str, rows: Sequence[int], stored: NDArray[
             return
 
 
-def check_losses(task: Task, name: str, rows: Sequence[int], stored: NDArray[Any], device: torch.device) -> None:
-    """`ForeignRun` if the loss of a stored sample is another now: whatever changed, the numbers are not the same."""
+def check_values(
+    task: Task, name: str, column: str, rows: Sequence[int], stored: NDArray[Any], device: torch.device
+) -> None:
+    """`ForeignRun` if the loss or measure of a stored sample is another now: whatever changed, the numbers did."""
     for position in spread(len(rows), CHECKED_LOSSES):
         with torch.no_grad():
-            found = float(losses_of(task, probe_batch(task, [rows[position]], device, name))[1][0])
+            batch = probe_batch(task, [rows[position]], device, name)
+            found = float(losses_of(task, batch, column == "measure")[1][0])
         expected = float(stored[position])
         if not np.isclose(found, expected, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise ForeignRun(
-                f"loss of {name}[{rows[position]}]: expected {expected:.6g} as stored, found {found:.6g};"
-                f" has the code of model or loss changed? {REMEDY}"
+                f"{column} of {name}[{rows[position]}]: expected {expected:.6g} as stored, found {found:.6g};"
+                f" has the code of model, loss or measure changed? {REMEDY}"
             )
 
 

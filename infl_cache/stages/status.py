@@ -72,7 +72,7 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
         return StageStatus(stage, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, {})
     records = folder.records(stage)
     every = folder.stage_blocks(stage)
-    rows_done = sum(record.stop - record.start for record in records.values())
+    rows_done = sum(record.stop - record.start - len(record.bad_rows) for record in records.values())
     rows = every[-1].stop
     seconds = sum(record.seconds for record in records.values())
     rate = rows_done / seconds if seconds else 0.0

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from infl_cache.disk.codecs import Codec
 from infl_cache.disk.layout import Block, array_layout
+from infl_cache.disk.run import Force
 from infl_cache.errors import IncompleteStore
-from infl_cache.maths.capture import Captured, Forms, capture, decide_forms, rows_of
+from infl_cache.maths.capture import Forms, capture, decide_forms, rows_of
 from infl_cache.maths.curvature import Curvature, remembered
 from infl_cache.maths.probe import activation_bytes, check_gradients_arrive, check_independence, probe_batch
 from infl_cache.maths.samples import Batch, batches, groups_of, spread
@@ -44,7 +45,7 @@ HOST_WORKING_SET = 64 * 2**20
 SMALLEST_BATCH = 8
 
 
-def stest(run: Opened, force: bool = False) -> StageResult:
+def stest(run: Opened, force: Force = False) -> StageResult:
     """Compute what is missing of `s_test.zarr`; a finished store is left as it is.
 
     Raises `IncompleteStore` at the end if some rows are not finite; the others are done by then.
@@ -53,7 +54,8 @@ def stest(run: Opened, force: bool = False) -> StageResult:
     identity = {
         **options_identity(run.options.stest),
         **test_identity(run.task),
-        "dtype": stored_dtype(run.parameters, run.task),
+        "left_out": left_out(run),
+        "stored_dtype": stored_dtype(run.parameters, run.task),
     }
     if run.folder.claim("stest", run.task_identity, identity, force) is None:
         _begin(run, identity)
@@ -61,10 +63,10 @@ def stest(run: Opened, force: bool = False) -> StageResult:
     check_against_store(run, "stest")
     if "grads" in run.folder.manifest.stages:
         check_against_store(run, "grads")
-    todo = [b for b in run.folder.stage_blocks("stest") if b.index not in done or done[b.index].bad_rows]
+    todo = [block for block in run.folder.stage_blocks("stest") if block.index not in done]
     notes = _compute(run, todo, len(run.task.test) - sum(b.rows for b in todo)) if todo else []
     bad = [row for record in run.folder.records("stest").values() for row in record.bad_rows]
-    if bad and run.options.influence.nonfinite == "stop":
+    if bad and (run.options.influence.nonfinite == "stop" or len(bad) == len(run.task.test)):
         raise IncompleteStore(
             f"s_test: expected finite numbers, found NaN or Inf at test samples {some(bad)}; the other"
             f" {len(run.task.test) - len(bad)} are done. More damping or --curvature ggn may help,"
@@ -73,17 +75,27 @@ def stest(run: Opened, force: bool = False) -> StageResult:
     return summary(run, "stest", len(run.task.test), sum(block.rows for block in todo), started, notes)
 
 
+def left_out(run: Opened) -> list[int]:
+    """Training samples without a finite gradient, which `--nonfinite skip` leaves out of the curvature."""
+    if run.options.influence.nonfinite != "skip":
+        return []
+    return sorted(row for record in run.folder.records("grads").values() for row in record.bad_rows)
+
+
 def _begin(run: Opened, identity: dict[str, Any]) -> None:
     """Try the task on test samples and lay out the store."""
     task, n_test, size = run.task, len(run.task.test), run.parameters.size
     check_independence(task, "test", spread(n_test, 4), run.device)
     check_gradients_arrive(task, run.parameters, spread(len(task.train), 4), run.device)
+    with torch.no_grad():
+        losses_of(task, probe_batch(task, [0], run.device, "test"), measure=True)
+    make_solver(run.options.stest, run.budget).check(size)
     itemsize = 8 if _solve_dtype(run) == torch.float64 else 4
     asked = run.options.resources.test_block_rows
     fitting = run.budget // 3 // (size * itemsize * VECTORS_A_SIDE)
     block_rows = min(asked or max(1, min(fitting, MAX_RIGHT_HAND_SIDES)), n_test)
-    arrays = [("s_test", (size,), identity["dtype"]), ("residual", (), "float64"), ("iterations", (), "int64"),
-              ("converged", (), "bool"), ("loss", (), "float64"), ("target", (), "float64"),
+    arrays = [("s_test", (size,), identity["stored_dtype"]), ("residual", (), "float64"), ("iterations", (), "int64"),
+              ("converged", (), "bool"), ("loss", (), "float64"), ("measure", (), "float64"), ("target", (), "float64"),
               ("prediction", (), "float64"), ("digest", (), "uint64")]  # fmt: skip
     run.folder.begin_store(
         "stest", run.task_identity, identity, {"n_rows": n_test, "block_rows": block_rows},
@@ -103,18 +115,20 @@ def _compute(run: Opened, todo: Sequence[Block], finished: int) -> list[str]:
         sides = COLUMNS if run.options.stest.solver == "exact" else run.folder.plan("stest")["block_rows"]
         operator = replace(_operator(run, sides), tick=products.tick, note=products.note)
         solver = make_solver(run.options.stest, run.budget).prepare(operator)
+        failed = _NotConverged()
         for block in todo:
             started = time.perf_counter()
-            captured, rhs, digests = _right_hand_sides(run, forms, block)
+            rhs, kept, digests = _right_hand_sides(run, forms, block)
             solution = solver(rhs.to(operator.dtype))
-            data, bad = _stored(solution, captured, digests, block)
+            data, bad = _stored(solution, kept, digests, block)
             nonfinite = int((~np.isfinite(data["s_test"])).sum())
             files = store.write_block(block, data)
             seconds = time.perf_counter() - started
             run.folder.commit("stest", block, files, seconds, block_digest(digests), nonfinite, bad)
-            notes += _not_converged(solution, block, bad)
+            failed.add(solution, block, bad)
             bar.advance(block.rows, sum(file.size for file in files), f"residual {float(solution.residual.max()):.1e}")
             run.check()
+    notes += failed.notes()
     for note in notes:
         log.warning(note)
     return notes
@@ -156,11 +170,16 @@ def _operator(run: Opened, sides: int) -> Curvature:
     size = run.options.resources.batch_size or max(SMALLEST_BATCH, min(MAX_BATCH, room // (kept * (1 + sides))))
     workers = run.options.resources.workers
 
-    def load() -> Iterable[Batch]:
-        return batches(task.train, "train", task.collate, groups_of(0, n_train, size), run.device, workers)
+    bad = set(left_out(run))
+    rows = [index for index in range(n_train) if index not in bad]
 
-    def pick(indices: Sequence[int]) -> Iterable[Batch]:
-        groups = [indices[i : i + size] for i in range(0, len(indices), size)]
+    def load() -> Iterable[Batch]:
+        groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+        return batches(task.train, "train", task.collate, groups, run.device, workers)
+
+    def pick(positions: Sequence[int]) -> Iterable[Batch]:
+        chosen = [rows[position] for position in positions]
+        groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
         return batches(task.train, "train", task.collate, groups, run.device)
 
     return Curvature(
@@ -169,58 +188,66 @@ def _operator(run: Opened, sides: int) -> Curvature:
         kind=run.options.stest.curvature,
         batches=remembered(load, run.budget // 8),
         pick=pick,
-        n_train=n_train,
+        n_train=len(rows),
         damping=run.options.stest.damping,
         dtype=dtype,
     )
 
 
-def _right_hand_sides(run: Opened, forms: Forms, block: Block) -> tuple[Captured, Tensor, Any]:
-    """d measure / d theta of the block's test samples (K, P), with their losses, targets and predictions."""
+def _right_hand_sides(run: Opened, forms: Forms, block: Block) -> tuple[Tensor, dict[str, Tensor], Any]:
+    """d measure / d theta of the block's test samples (K, P), what is kept of each of them, and their digests."""
     size = min(run.options.resources.batch_size or CHECKED_SAMPLES, rows_at_once(run))
     if forms.mapped and forms.engine == "loop":
         size = 1
-    pieces, rows, digests, losses = [], [], [], []
+    rows, digests = [], []
+    kept: dict[str, list[Tensor]] = {name: [] for name in ("loss", "measure", "target", "prediction")}
     for batch in batches(run.task.test, "test", run.task.collate, groups_of(block.start, block.stop, size), run.device):
         captured = capture(run.task, forms, batch, measure=True)
         rows.append(rows_of(forms, captured.factors, captured.dense))
-        pieces.append(captured)
         digests.append(batch.digests)
-        losses.append(_test_losses(run, batch) if run.task.measure is not None else captured.loss)
-    together = Captured(
-        {}, rows[0].new_zeros(0), torch.cat(losses), torch.cat([p.target for p in pieces]),
-        torch.cat([p.prediction for p in pieces]),
-    )  # fmt: skip
-    return together, torch.cat(rows), np.concatenate(digests)
+        with torch.no_grad():
+            kept["loss"].append(losses_of(run.task, batch)[1] if run.task.measure is not None else captured.loss)
+        kept["measure"].append(captured.loss)
+        kept["target"].append(captured.target)
+        kept["prediction"].append(captured.prediction)
+    return torch.cat(rows), {name: torch.cat(parts) for name, parts in kept.items()}, np.concatenate(digests)
 
 
-def _test_losses(run: Opened, batch: Batch) -> Tensor:
-    with torch.no_grad():
-        return losses_of(run.task, batch)[1]
-
-
-def _stored(solution: Solution, captured: Captured, digests: Any, block: Block) -> tuple[dict[str, Any], list[int]]:
+def _stored(
+    solution: Solution, kept: dict[str, Tensor], digests: Any, block: Block
+) -> tuple[dict[str, Any], list[int]]:
     """The block's arrays; rows that are not finite become NaN and are named."""
     value = solution.value.clone()
     wrong = ~(torch.isfinite(value).all(1) & torch.isfinite(solution.residual).to(value.device))
     value[wrong] = torch.nan
-    arrays = {
-        "s_test": value, "residual": solution.residual, "iterations": solution.iterations,
-        "converged": solution.converged, "loss": captured.loss, "target": captured.target,
-        "prediction": captured.prediction,
-    }  # fmt: skip
-    data = {name: tensor.detach().cpu().numpy() for name, tensor in arrays.items()}
+    found = {"residual": solution.residual, "iterations": solution.iterations, "converged": solution.converged}
+    data = {name: tensor.detach().cpu().numpy() for name, tensor in {"s_test": value, **found, **kept}.items()}
     return {**data, "digest": digests}, [block.start + row for row in torch.nonzero(wrong).flatten().tolist()]
 
 
-def _not_converged(solution: Solution, block: Block, bad: Sequence[int]) -> list[str]:
-    """One line about rows of the block that are finite but above the tolerance."""
-    rows = [i for i, fine in enumerate(solution.converged.tolist()) if not fine and block.start + i not in bad]
-    if not rows:
-        return []
-    worst = float(solution.residual[rows].max())
-    reasons = sorted({solution.reasons[i] for i in rows})
-    return [
-        f"s_test of test samples {some([block.start + i for i in rows])} did not converge"
-        f" (relative residual up to {worst:.1e}): {'; '.join(reasons)}"
-    ]
+class _NotConverged:
+    """Collects the finite rows above the tolerance, for one line at the end."""
+
+    def __init__(self) -> None:
+        self._rows: list[int] = []
+        self._worst = 0.0
+        self._reasons: set[str] = set()
+
+    def add(self, solution: Solution, block: Block, bad: Sequence[int]) -> None:
+        """Take note of a block's solution."""
+        for place, (fine, residual) in enumerate(
+            zip(solution.converged.tolist(), solution.residual.tolist(), strict=True)
+        ):
+            if not fine and block.start + place not in bad:
+                self._rows.append(block.start + place)
+                self._worst = max(self._worst, residual)
+                self._reasons.add(solution.reasons[place])
+
+    def notes(self) -> list[str]:
+        """What there is to say."""
+        if not self._rows:
+            return []
+        return [
+            f"s_test of {len(self._rows)} test samples did not converge: {some(self._rows)}"
+            f" (relative residual up to {self._worst:.1e}): {'; '.join(sorted(self._reasons))}"
+        ]

@@ -38,7 +38,17 @@ def test_no_file_is_an_empty_manifest(path):
 
 def test_the_file_is_plain_json_that_says_its_format(path):
     Manifest(TASK, STAGES).write(path)
-    assert json.loads(path.read_text()) == GOOD
+    content = json.loads(path.read_text())
+    assert content == {**GOOD, "checksum": content["checksum"]}
+
+
+@pytest.mark.parametrize("edit", [('"aa11"', '"aa12"'), ('"block_rows": 4', '"block_rows": 5')])
+def test_an_edited_manifest_is_damaged(path, edit):
+    Manifest(TASK, STAGES).write(path)
+    assert edit[0] in path.read_text()
+    path.write_text(path.read_text().replace(*edit))
+    with pytest.raises(DamagedStore, match="found an edited one; restore it"):
+        Manifest.read(path)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 0.5, -2])

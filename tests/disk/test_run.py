@@ -318,14 +318,16 @@ def test_force_drops_exactly_the_stage_and_what_hangs_on_it(tmp_path, sample, co
     records = {stage: folder.records(stage) for stage in kept}
     with folder.writing():
         assert folder.claim(forced, sample.task, {"damping": 7.0}, force=True) is None
+        assert contents(folder.path).keys() >= before.keys(), "nothing goes before the new stage begins"
+        folder.begin(forced, sample.task, {"damping": 7.0}, {"n_rows": 4, "block_rows": 4})
     again = RunFolder(folder.path)
-    assert set(again.manifest.stages) == kept
+    assert set(again.manifest.stages) == {*kept, forced}
     assert {stage: again.records(stage) for stage in OUTPUTS} == {**records, **{stage: {} for stage in dropped}}
     gone = tuple(name for stage in dropped for name in OUTPUTS[stage])
     expected = {name: data for name, data in before.items() if name.split("/")[0] not in gone}
-    changed = {"manifest.json", "ledger.sqlite"}
+    changed = {"manifest.json", "ledger.sqlite", "run.yaml"}
     after = contents(folder.path)
-    assert after.keys() == expected.keys()
+    assert after.keys() | {"run.yaml"} == expected.keys() | {"run.yaml"}
     assert {name: after[name] for name in after.keys() - changed} == {
         name: expected[name] for name in expected.keys() - changed
     }
@@ -359,8 +361,9 @@ def test_a_crash_while_old_files_are_removed_leaves_no_claim_on_them(folder, sam
 
     with folder.writing(), monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", die)
+        assert folder.claim("grads", sample.task, sample.identity, force=True) is None
         with pytest.raises(KeyboardInterrupt):
-            folder.claim("grads", sample.task, sample.identity, force=True)
+            sample.begin(folder)
     assert (folder.path / "grad_z.zarr").exists()
     again = RunFolder(folder.path)
     assert again.records("grads") == {}

@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from infl_cache import DamagedStore, ForeignRun, IncompleteStore, Run
+from infl_cache import BadInput, DamagedStore, ForeignRun, IncompleteStore, Run
 from infl_cache.disk.layout import blocks
+from infl_cache.disk.run import RunFolder
 from infl_cache.stages import influence as stage
+from infl_cache.stages.export import export
 from infl_cache.stages.influence import all_tiles
 from tests import tasks
 from tests.tasks import TASKS
@@ -176,10 +178,60 @@ def test_other_rankings_are_made_without_computing_the_matrix_again(tmp_path, mo
     assert np.load(tmp_path / "r" / "rankings.npz")["helpful_ids"].shape == (4, 6)
 
 
-def test_the_matrix_belongs_to_the_stores_it_was_made_of(tmp_path):
+def test_an_edited_manifest_is_never_believed(tmp_path):
     run = Run(tmp_path / "r", tasks.mlp(), damping=0.1, **QUIET)
     run.all()
     manifest = tmp_path / "r" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"damping": 0.1', '"damping": 0.2'))
-    with pytest.raises(ForeignRun, match="damping"):
+    with pytest.raises(DamagedStore, match="found an edited one"):
         run.stest()
+
+
+@pytest.mark.parametrize(("model", "stored"), [(torch.float32, "float64"), (torch.float64, "float32")])
+def test_gradients_stored_in_another_type_than_the_model_s_are_scored(model, stored, tmp_path):
+    run = Run(tmp_path / "r", tasks.mlp(model), dtype=stored, damping=0.1, **QUIET)
+    run.all()
+    assert run.grad_z(0).dtype == np.dtype(stored)
+    assert relative(run.scores(), expected_matrix(run)) <= 1e-6
+
+
+def test_a_parameter_without_axes_is_scored(tmp_path):
+    class Scaled(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(5, 3)
+            self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x):
+            return self.scale * super().forward(x)
+
+    task = tasks.classified(tasks.built(Scaled, torch.float64), tasks.normal(14, 5), 10)
+    run = Run(tmp_path / "r", task, damping=0.1, **QUIET)
+    run.all()
+    assert relative(run.scores(), expected_matrix(run)) <= 1e-6
+
+
+def test_readers_refuse_a_damaged_matrix_and_another_task(tmp_path):
+    run = Run(tmp_path / "r", tasks.mlp(), damping=0.1, **QUIET)
+    run.all()
+    with pytest.raises(ForeignRun, match="expected the sample"):
+        Run(tmp_path / "r", tasks.regression()).scores()
+    path = tmp_path / "r" / "influence.npy"
+    data = path.read_bytes()
+    for damaged in (data[:-5], data[:-4] + b"\0\0\0\0"):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedStore):
+            Run(tmp_path / "r").scores()
+        with pytest.raises(DamagedStore):
+            export(RunFolder(tmp_path / "r"), "csv")
+
+
+@pytest.mark.parametrize("k", [0, -1])
+def test_a_ranking_of_no_length_and_rows_that_are_none_are_refused(k, tmp_path):
+    run = Run(tmp_path / "r", tasks.mlp(), damping=0.1, **QUIET)
+    run.all()
+    with pytest.raises(BadInput, match="k: expected at least 1"):
+        run.helpful(0, k=k)
+    for rows in ([True, False], [1.5], [99], [-1]):
+        with pytest.raises(BadInput, match="expected row numbers from 0 to 9"):
+            run.grad_z(rows)
+    assert run.grad_z([]).shape == (0, run.grad_z(0).shape[0])

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 
@@ -74,7 +75,7 @@ def test_rows_that_do_not_converge_are_stored_marked_and_reported(tmp_path):
     run = Run(tmp_path / "r", tasks.mlp(), damping=1e-4, tolerance=1e-12, max_iterations=2, **QUIET)
     result = run.stest()
     assert not column(run, "converged").any()
-    assert "test samples 0, 1, 2, 3 did not converge" in result.notes[0]
+    assert "s_test of 4 test samples did not converge: 0, 1, 2, 3" in result.notes[0]
 
 
 def test_weight_decay_and_measure_enter_the_system(tmp_path):
@@ -199,3 +200,88 @@ def test_a_signal_stops_a_long_solve_and_drops_only_the_block_in_flight(tmp_path
 def test_exact_refuses_what_does_not_fit_into_memory(tmp_path):
     with pytest.raises(BadInput, match=r"solver exact: expected [\d,]+ bytes .* found a budget of 20,000; give more"):
         Run(tmp_path / "r", tasks.mlp(), solver="exact", memory=20_000, **QUIET).stest()
+
+
+def test_a_refused_option_writes_nothing_and_the_same_command_still_carries_on(tmp_path):
+    Run(tmp_path / "r", tasks.mlp(), damping=0.1, **QUIET).all()
+    before = (tmp_path / "r" / "run.yaml").read_bytes()
+    for stage_of in ("grads", "stest", "influence"):
+        with pytest.raises(ForeignRun, match=r"damping: expected 0\.1, found 0\.5"):
+            getattr(Run(tmp_path / "r", tasks.mlp(), damping=0.5, **QUIET), stage_of)()
+    assert (tmp_path / "r" / "run.yaml").read_bytes() == before
+    assert [result.computed for result in Run(tmp_path / "r", tasks.mlp(), **QUIET).all()] == [0, 0, 0]
+    assert Run(tmp_path / "r", tasks.mlp(), damping=0.5, **QUIET).all(force=True)[1].computed == 4
+
+
+def test_force_removes_nothing_before_the_new_configuration_has_been_tried(tmp_path):
+    Run(tmp_path / "r", tasks.mlp(), damping=0.1, **QUIET).all()
+    refused = tasks.mlp(measure=lambda outputs, targets: outputs.mean())
+    with pytest.raises(BadInput, match="measure: expected one value a sample"):
+        Run(tmp_path / "r", refused, **QUIET).stest(force=True)
+    with pytest.raises(BadInput, match="solver exact"):
+        Run(tmp_path / "r", tasks.mlp(), solver="exact", memory=20_000, **QUIET).stest(force=True)
+    with pytest.raises(BadInput, match="loss: expected one value a sample"):
+        Run(tmp_path / "r", tasks.mlp(loss=torch.nn.CrossEntropyLoss()), **QUIET).grads(force=True)
+    assert [result.computed for result in Run(tmp_path / "r", tasks.mlp(), **QUIET).all()] == [0, 0, 0]
+
+
+def test_a_stage_without_one_block_claims_nothing(tmp_path):
+    class Fails(Exception):
+        pass
+
+    run = Run(tmp_path / "r", tasks.mlp(), solver="lissa", **QUIET)
+    run.grads()
+
+    def fail(*_):
+        raise Fails
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "_right_hand_sides", fail)
+        with pytest.raises(Fails):
+            run.stest()
+    assert Run(tmp_path / "r", tasks.mlp(), solver="cg", **QUIET).stest().computed == 4
+
+
+CLASS = 0
+
+
+def logit(outputs, targets):
+    return outputs[:, CLASS]
+
+
+def test_a_measure_that_reads_another_setting_is_noticed(tmp_path, monkeypatch):
+    Run(tmp_path / "r", tasks.mlp(measure=logit), **QUIET).stest()
+    monkeypatch.setitem(globals(), "CLASS", 1)
+    with pytest.raises(ForeignRun, match="measure"):
+        Run(tmp_path / "r", tasks.mlp(measure=logit), **QUIET).stest()
+
+
+def test_training_samples_that_are_not_finite_are_left_out_of_the_curvature(tmp_path):
+    task = tasks.logistic()
+    task.train.tensors[0][3] = torch.inf
+    run = Run(tmp_path / "r", task, nonfinite="skip", solver="exact", damping=0.1, **QUIET)
+    run.all()
+    others = [i for i in range(10) if i != 3]
+    clean = dataclasses.replace(tasks.logistic(), train=torch.utils.data.Subset(tasks.logistic().train, others))
+    assert worst_row(run.s_test(slice(None)), dense_s_test(clean, "ggn", 0.1)) <= 1e-9
+    assert np.isfinite(run.scores()[:, others]).all()
+    assert np.isnan(run.scores()[:, 3]).all()
+
+
+def test_lissa_claims_nothing_about_an_indefinite_hessian(tmp_path):
+    task = tasks.mlp()
+    lowest = float(torch.linalg.eigvalsh(dense_hessian(task))[0])
+    assert lowest < 0
+    for damping in (-0.5 * lowest, -1.02 * lowest, -3 * lowest):
+        path = tmp_path / f"{damping}"
+        run = Run(path, task, solver="lissa", curvature="hessian", damping=damping, **QUIET)
+        run.stest()
+        found, expected = run.s_test(slice(None)), dense_s_test(task, "hessian", damping)
+        errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+        assert (errors[column(run, "converged")] <= 0.05).all()
+
+
+def test_options_of_one_solver_are_not_handed_to_another(tmp_path):
+    Run(tmp_path / "r", tasks.mlp(), solver="lissa", tolerance=0.3, **QUIET).stest()
+    assert Run(tmp_path / "r", tasks.mlp(), solver="cg").options.stest.tolerance is None
+    assert Run(tmp_path / "r", tasks.mlp()).options.stest.tolerance == 0.3

@@ -29,6 +29,10 @@ class Solution:
 class Solver(Protocol):
     """A frozen dataclass of options."""
 
+    def check(self, size: int) -> None:
+        """Raise `BadInput` if the solver cannot take `size` parameters; before anything is written."""
+        ...
+
     def prepare(self, operator: Operator) -> Callable[[Tensor], Solution]:
         """Do what is done once for an operator; return the function that solves for right-hand sides."""
         ...

@@ -25,6 +25,9 @@ class CG:
     tolerance: float = 1e-4
     max_iterations: int = 1000
 
+    def check(self, size: int) -> None:
+        """Any number of parameters will do."""
+
     def prepare(self, operator: Operator) -> Callable[[Tensor], Solution]:
         """Nothing is done once."""
         return lambda rhs: self._solve(operator, rhs)

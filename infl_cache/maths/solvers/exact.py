@@ -29,11 +29,25 @@ class Exact:
     memory: int | None = None
     columns: int = COLUMNS
 
+    def check(self, size: int) -> None:
+        """`BadInput` if a matrix of `size` parameters is too large."""
+        if size > MAX_PARAMETERS:
+            raise BadInput(
+                f"solver exact: expected at most {MAX_PARAMETERS:,} parameters, found {size:,};"
+                " use --solver cg, or fewer parameters="
+            )
+        if self.memory is not None and 3 * 8 * size**2 > self.memory:
+            raise BadInput(
+                f"solver exact: expected {3 * 8 * size**2:,} bytes of memory for {size:,} parameters, found a budget of"
+                f" {self.memory:,}; give more --memory, or use --solver cg"
+            )
+
     def prepare(self, operator: Operator) -> Callable[[Tensor], Solution]:
         """Build on the first right-hand side, whose length is the matrix's."""
         factor: list[Callable[[Tensor], Tensor]] = []
 
         def solved(rhs: Tensor) -> Solution:
+            self.check(rhs.shape[1])
             if not factor:
                 factor.append(_factorised(self._matrix(operator, rhs)))
             value = factor[0](rhs.double().T).T.contiguous()
@@ -49,16 +63,6 @@ class Exact:
 
     def _matrix(self, operator: Operator, rhs: Tensor) -> Tensor:
         size = rhs.shape[1]
-        if size > MAX_PARAMETERS:
-            raise BadInput(
-                f"solver exact: expected at most {MAX_PARAMETERS:,} parameters, found {size:,};"
-                " use --solver cg, or fewer parameters="
-            )
-        if self.memory is not None and 3 * 8 * size**2 > self.memory:
-            raise BadInput(
-                f"solver exact: expected {3 * 8 * size**2:,} bytes of memory for {size:,} parameters, found a budget of"
-                f" {self.memory:,}; give more --memory, or use --solver cg"
-            )
         matrix = torch.empty(size, size, dtype=torch.float64, device=rhs.device)
         for start in range(0, size, self.columns):
             stop = min(start + self.columns, size)

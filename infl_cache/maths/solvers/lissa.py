@@ -26,10 +26,10 @@ NO_DAMPING_DEPTH = 5000
 
 @dataclass(frozen=True)
 class LiSSA:
-    """Stops a row when `|residual| / ((lambda + weight_decay) |s|) <= tolerance`.
+    """Stops a row when `|residual| / (smallest |s|) <= tolerance`, which bounds the relative error of `s`.
 
-    The left side bounds the relative error of `s` whenever the curvature is not indefinite (the smallest
-    eigenvalue of the operator is then at least `lambda + weight_decay`).
+    `smallest` is the operator's smallest eigenvalue: at least `lambda + weight_decay` for ggn; estimated for the
+    Hessian, and where that is not positive nothing is ever called converged.
     `scale`, `depth`, `sample_batch` are estimated where they are None; `repeats` recursions are averaged.
     """
 
@@ -40,29 +40,37 @@ class LiSSA:
     sample_batch: int | None = None
     seed: int = 42
 
+    def check(self, size: int) -> None:
+        """Any number of parameters will do."""
+
     def prepare(self, operator: Operator) -> Callable[[Tensor], Solution]:
         """Estimate the scale once; the operator must be a `Curvature`, whose single batches are sampled."""
         if not isinstance(operator, Curvature):
             raise TypeError(f"LiSSA samples the curvature: expected a Curvature, found {type(operator).__name__}")
         known: list[float] = [] if self.scale is None else [self.scale]
+        smallest: list[float] = [operator.shift] if operator.kind == "ggn" else []
 
         def solved(rhs: Tensor) -> Solution:
             if not known:
                 # A third above the estimate: it comes from below, and single batches curve more than the mean.
                 known.append(1.33 * largest_eigenvalue(operator, rhs.shape[1], rhs[:1]) + 1e-12)
-            return self._averaged(operator, rhs, known[0])
+            if not smallest:
+                smallest.append(_smallest_eigenvalue(operator, rhs))
+            return self._averaged(operator, rhs, known[0], smallest[0])
 
         return solved
 
-    def _averaged(self, operator: Curvature, rhs: Tensor, scale: float) -> Solution:
+    def _averaged(self, operator: Curvature, rhs: Tensor, scale: float, smallest: float) -> Solution:
         value = torch.zeros_like(rhs)
         steps = 0
         for repeat in range(self.repeats):
-            found, taken = self._recursion(operator, rhs, scale, torch.Generator().manual_seed(self.seed + repeat))
+            found, taken = self._recursion(
+                operator, rhs, scale, smallest, torch.Generator().manual_seed(self.seed + repeat)
+            )
             value += found / self.repeats
             steps += taken
         residual = relative_residual(operator, value, rhs)
-        converged = self._bound(operator, residual, value, rhs) <= self.tolerance
+        converged = self._bound(smallest, residual, value, rhs) <= self.tolerance
         reasons = tuple(
             "" if ok else "not finite" if not math.isfinite(r) else self._reason(r)
             for ok, r in zip(converged.tolist(), residual.tolist(), strict=True)
@@ -75,7 +83,7 @@ class LiSSA:
         return "stopped before its error bound met the tolerance"
 
     def _recursion(
-        self, operator: Curvature, rhs: Tensor, scale: float, generator: torch.Generator
+        self, operator: Curvature, rhs: Tensor, scale: float, smallest: float, generator: torch.Generator
     ) -> tuple[Tensor, int]:
         """One recursion in rounds of steps, a look at the true residual after each: `s` (K, P) and the steps taken."""
         n = operator.n_train
@@ -94,7 +102,7 @@ class LiSSA:
                 scale, h, last, doublings = 2 * scale, rhs.clone(), float("inf"), doublings + 1
                 depth = step + self._depth(operator, scale) if doublings <= MAX_DOUBLINGS else step
                 continue
-            worst = self._worst(operator, h / scale, rhs)
+            worst = self._worst(operator, smallest, h / scale, rhs)
             if worst < best_worst:
                 best, best_worst = h / scale, worst
             if worst > 0.9 * last and batch < n:
@@ -112,16 +120,18 @@ class LiSSA:
         limit = 1e3 * scale * norms(rhs) / max(operator.shift, 1e-3 * scale)
         return not bool((norms(h)[finite] <= limit[finite]).all())
 
-    def _worst(self, operator: Curvature, value: Tensor, rhs: Tensor) -> float:
-        bound = self._bound(operator, relative_residual(operator, value, rhs), value, rhs)
-        finite = bound[torch.isfinite(bound)]
+    def _worst(self, operator: Curvature, smallest: float, value: Tensor, rhs: Tensor) -> float:
+        bound = self._bound(smallest, relative_residual(operator, value, rhs), value, rhs)
+        finite = bound[~torch.isnan(bound)]
         return float(finite.max()) if len(finite) else 0.0
 
-    def _bound(self, operator: Curvature, residual: Tensor, value: Tensor, rhs: Tensor) -> Tensor:
-        """`|residual| / (shift |s|)`, an upper bound of the relative error; plain residual without damping."""
-        if operator.shift == 0:
+    def _bound(self, smallest: float, residual: Tensor, value: Tensor, rhs: Tensor) -> Tensor:
+        """`|residual| / (smallest |s|)`, an upper bound of the relative error; the residual itself without damping."""
+        if smallest == 0:
             return residual
-        return residual * norms(rhs) / (operator.shift * norms(value)).clamp_min(1e-300)
+        if smallest < 0:
+            return torch.full_like(residual, math.inf)
+        return residual * norms(rhs) / (smallest * norms(value)).clamp_min(1e-300)
 
     def _depth(self, operator: Curvature, scale: float) -> int:
         """Steps until the slowest direction, which shrinks by `1 - shift/scale`, is below the tolerance."""
@@ -130,6 +140,13 @@ class LiSSA:
         if operator.shift <= 0:
             return NO_DAMPING_DEPTH
         return 100 + math.ceil(2 * scale / operator.shift * math.log(10 / min(self.tolerance, 1.0)))
+
+
+def _smallest_eigenvalue(operator: Curvature, rhs: Tensor) -> float:
+    """The smallest eigenvalue of an operator that may be indefinite, estimated a little low, never above the shift."""
+    size, top = rhs.shape[1], 1.1 * largest_eigenvalue(operator, rhs.shape[1], rhs[:1]) + 1e-12
+    gap = largest_eigenvalue(lambda v: top * v - operator(v), size, rhs[:1], steps=200)
+    return min(operator.shift, top - 1.02 * gap)
 
 
 def _sampled(operator: Curvature, batch: int, generator: torch.Generator, h: Tensor) -> Tensor:
