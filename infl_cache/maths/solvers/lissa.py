@@ -22,6 +22,8 @@ from infl_cache.maths.solvers.base import Operator, Solution, norms, relative_re
 FIRST_BATCH = 128
 MAX_DOUBLINGS = 12
 NO_DAMPING_DEPTH = 5000
+# Steps for an indefinite operator, for which the recursion has no limit to go to.
+HOPELESS_DEPTH = 20
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,14 @@ class LiSSA:
         residual = relative_residual(operator, value, rhs)
         converged = self._bound(smallest, residual, value, rhs) <= self.tolerance
         reasons = tuple(
-            "" if ok else "not finite" if not math.isfinite(r) else self._reason(r)
+            "" if ok else "not finite" if not math.isfinite(r) else self._reason(r, smallest)
             for ok, r in zip(converged.tolist(), residual.tolist(), strict=True)
         )
         return Solution(value, residual, torch.full((len(rhs),), steps), converged, reasons)
 
-    def _reason(self, residual: float) -> str:
+    def _reason(self, residual: float, smallest: float) -> str:
+        if smallest < 0:
+            return "the Hessian is indefinite at this damping; use --curvature ggn or more damping"
         if self.scale is not None and residual > 1:
             return "the recursion diverged, its scale is too small; leave --scale and --depth to be estimated"
         return "stopped before its error bound met the tolerance"
@@ -88,7 +92,7 @@ class LiSSA:
         """One recursion in rounds of steps, a look at the true residual after each: `s` (K, P) and the steps taken."""
         n = operator.n_train
         batch = min(n, self.sample_batch or FIRST_BATCH)
-        h, step, depth = rhs.clone(), 0, self._depth(operator, scale)
+        h, step, depth = rhs.clone(), 0, self._depth(smallest, scale)
         best, best_worst, last, doublings = rhs / scale, float("inf"), float("inf"), 0
         while step < depth and best_worst > self.tolerance:
             # A look costs one pass over the data: every second pass' worth of steps, every 20th of full passes.
@@ -100,7 +104,7 @@ class LiSSA:
                 if self.scale is not None:
                     break
                 scale, h, last, doublings = 2 * scale, rhs.clone(), float("inf"), doublings + 1
-                depth = step + self._depth(operator, scale) if doublings <= MAX_DOUBLINGS else step
+                depth = step + self._depth(smallest, scale) if doublings <= MAX_DOUBLINGS else step
                 continue
             worst = self._worst(operator, smallest, h / scale, rhs)
             if worst < best_worst:
@@ -133,13 +137,13 @@ class LiSSA:
             return torch.full_like(residual, math.inf)
         return residual * norms(rhs) / (smallest * norms(value)).clamp_min(1e-300)
 
-    def _depth(self, operator: Curvature, scale: float) -> int:
-        """Steps until the slowest direction, which shrinks by `1 - shift/scale`, is below the tolerance."""
+    def _depth(self, smallest: float, scale: float) -> int:
+        """Steps until the slowest direction, which shrinks by `1 - smallest/scale`, is below the tolerance."""
         if self.depth is not None:
             return self.depth
-        if operator.shift <= 0:
-            return NO_DAMPING_DEPTH
-        return 100 + math.ceil(2 * scale / operator.shift * math.log(10 / min(self.tolerance, 1.0)))
+        if smallest <= 0:
+            return NO_DAMPING_DEPTH if smallest == 0 else HOPELESS_DEPTH
+        return 100 + math.ceil(2 * scale / smallest * math.log(10 / min(self.tolerance, 1.0)))
 
 
 def _smallest_eigenvalue(operator: Curvature, rhs: Tensor) -> float:
