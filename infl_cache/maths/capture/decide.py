@@ -155,7 +155,9 @@ def _with_working_engine(task: Task, forms: Forms, groups: Sequence[Sequence[int
         return forms, []
     except Exception as error:  # vmap refuses in many ways: in-place writes, data-dependent branches, custom kernels
         reason = " ".join(str(error).split())[:160]
-        return replace(forms, engine="loop"), [f"vmap cannot follow this model, a loop takes its place ({reason})"]
+        return replace(forms, engine="loop"), [
+            f"vmap cannot follow this model, a slower loop takes its place ({reason})"
+        ]
 
 
 def _disagreeing(task: Task, forms: Forms, groups: Sequence[Sequence[int]]) -> set[str]:
