@@ -67,7 +67,7 @@ class Run:
         self.reference: dict[str, Any] = {"task": None, "task_args": {}}
         self.folder = RunFolder(self.path)
         self.options = Options.resolve({**inherited_options(self.folder, options.get("solver")), **options})
-        # The matrix as it was when its checksums were last compared: name of the file, size, time of change.
+        # The matrix file when its checksums were last compared: its size and time of change.
         self._sound: tuple[int, int] | None = None
 
     def grads(self, force: bool = False) -> StageResult:

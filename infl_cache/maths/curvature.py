@@ -4,8 +4,7 @@ r"""Products with the curvature of the training loss, K vectors in one pass over
 
 `J_i` is the Jacobian of the outputs of sample i. Both are products of reverse-mode derivatives, so every
 operation that can be differentiated twice will do: `J v` is the derivative of `u -> J^T u` (which is
-linear), `H v` that of the gradient. Measured on an MLP of 536k parameters with K = 32, this form took
-0.25 s a batch of 256 where forward-over-reverse took 0.36 s.
+linear), `H v` that of the gradient.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ from infl_cache.stages.same import check_against_store
 MAX_RIGHT_HAND_SIDES = 128
 # Vectors of n_params a right-hand side needs at once: itself, solution, residual, direction, product, vmap's own.
 VECTORS_A_SIDE = 12
-# Beyond this the host spends its time on fresh pages: on a CNN of 137k parameters, 32 vectors at once, products of
-# 8 samples (64 MB) ran at 6,600 vector-samples/s, of 32 samples at 2,600.
+# Beyond this the host is thought to spend its time on fresh pages: seen in single, noisy timings of products with a
+# small CNN, not yet in a benchmark of the whole stage.
 HOST_WORKING_SET = 64 * 2**20
 SMALLEST_BATCH = 8
 
