@@ -65,7 +65,13 @@ class GradsOptions:
     form: Literal["auto", "dense"] = option(
         "auto", "auto: each layer as factors or as plain rows, whichever is smaller; dense: all as plain rows"
     )
-    dtype: Literal["auto", "float32", "float64"] = option("auto", "stored element type; auto: that of the parameters")
+    layer_forms: str | None = option(
+        None, "overrules form for some layers: PATTERN=factored or PATTERN=dense, separated by commas; see plan"
+    )
+    cache: bool = option(True, "keep the gradients on disk; without, stage 3 computes them again (--no-cache)")
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = option(
+        "auto", "stored element type; auto: that of the parameters; 16 bits are scaled row by row, their error measured"
+    )
     codec: Literal["lz4", "zstd", "none"] = option("lz4", "compression of the chunks (always lossless)")
     level: int = option(5, "compression level", 1, 9)
 

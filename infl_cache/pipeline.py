@@ -18,11 +18,12 @@ from infl_cache.maths.capture import Forms, rows_of
 from infl_cache.maths.task import Task
 from infl_cache.stages import rank
 from infl_cache.stages.grads import grads
-from infl_cache.stages.influence import influence, require_sound_matrix, stored_gradients
+from infl_cache.stages.influence import influence, require_sound_matrix
 from infl_cache.stages.opening import Opened, StageResult, opened
 from infl_cache.stages.same import check_same_task
 from infl_cache.stages.status import Status, status
 from infl_cache.stages.stest import stest
+from infl_cache.stages.stored import stored_gradients
 
 Stage = Callable[[Opened, Force], StageResult]
 STAGES: dict[str, Stage] = {"grads": grads, "stest": stest, "influence": influence}
@@ -115,10 +116,14 @@ class Run:
     def grad_z(self, rows: int | slice | Sequence[int]) -> NDArray[np.floating[Any]]:
         """Gradients of the given training samples as plain rows (rows, n_params), rebuilt from factors."""
         forms = Forms.from_json(self.folder.plan("grads")["forms"])
+        identity = self.folder.manifest.stages["grads"]["identity"]
+        if not identity["cache"]:
+            raise IncompleteStore(f"{self.path}: expected stored gradients, found a run that was made with --no-cache")
         store = self.folder.store("grads")
+        wide = torch.float64 if identity["dtype"] == "float64" else torch.float32
 
         def read(block: Block) -> NDArray[Any]:
-            factors, dense = stored_gradients(store, forms, block, torch.device("cpu"))
+            factors, dense = stored_gradients(store, forms, block, torch.device("cpu"), wide)
             rebuilt: NDArray[Any] = rows_of(forms, factors, dense).numpy()
             return rebuilt
 

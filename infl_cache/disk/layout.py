@@ -40,6 +40,8 @@ class ArrayLayout:
     dtype: str
     chunk_rows: int
     chunk_row_shape: tuple[int, ...]
+    # The element type whose bits are stored, where zarr has no name for it.
+    stands_for: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,7 +79,9 @@ def choose_block_rows(n_rows: int, row_bytes: int, budget: int) -> int:
     return min(1 << (fitting.bit_length() - 1), MAX_BLOCK_ROWS, max(1, n_rows))
 
 
-def array_layout(path: str, n_rows: int, row_shape: tuple[int, ...], dtype: str, block_rows: int) -> ArrayLayout:
+def array_layout(
+    path: str, n_rows: int, row_shape: tuple[int, ...], dtype: str, block_rows: int, stands_for: str = ""
+) -> ArrayLayout:
     """Chunks of at most `CHUNK_BYTES`: as many rows of the block as fit, else one row cut along its first axis.
 
     >>> array_layout("dense", 1000, (500_000,), "float32", 64).chunks
@@ -93,7 +97,8 @@ def array_layout(path: str, n_rows: int, row_shape: tuple[int, ...], dtype: str,
     for axis in range(len(chunk_row)):
         while math.prod(chunk_row) * itemsize * rows > CHUNK_BYTES and chunk_row[axis] > 1:
             chunk_row[axis] = -(-chunk_row[axis] // 2)
-    return ArrayLayout(path, n_rows, tuple(row_shape), dtype, rows, tuple(chunk_row))
+    stands_for = "" if stands_for == dtype else stands_for
+    return ArrayLayout(path, n_rows, tuple(row_shape), dtype, rows, tuple(chunk_row), stands_for)
 
 
 def chunk_keys(layout: ArrayLayout, block: Block) -> list[str]:

@@ -117,7 +117,8 @@ def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
     try:
         if read_only:
             return _connect_for_reading(path)
-        connection = sqlite3.connect(path, timeout=30.0)
+        # The writer thread commits, the main thread waits for it: one at a time, never both.
+        connection = sqlite3.connect(path, timeout=30.0, check_same_thread=False)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.executescript(_SCHEMA)

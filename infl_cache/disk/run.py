@@ -162,7 +162,7 @@ class RunFolder:
         return tuple(
             ArrayLayout(
                 str(each["path"]), int(each["n_rows"]), tuple(map(int, each["row_shape"])), str(each["dtype"]),
-                int(each["chunk_rows"]), tuple(map(int, each["chunk_row_shape"])),
+                int(each["chunk_rows"]), tuple(map(int, each["chunk_row_shape"])), str(each.get("stands_for", "")),
             )
             for each in self.plan(stage)["arrays"]
         )  # fmt: skip
@@ -175,6 +175,11 @@ class RunFolder:
             )
         plan: dict[str, Any] = self.manifest.stages[stage]["plan"]
         return plan
+
+    def remember(self, stage: str, **facts: Any) -> None:
+        """Add facts to a stage's plan: found out while it ran, and good to know when it is carried on."""
+        self.plan(stage).update(facts)
+        self._write_manifest()
 
     def fingerprint(self, stage: str) -> str:
         """The fingerprint of a stage's identity, for the identity of the stages that hang on it."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -34,6 +36,8 @@ class Store:
         self._writable = mode == "r+"
         self.layouts = {layout.path: layout for layout in layouts}
         group = zarr.open_group(folder, mode="r+" if mode == "r+" else "r", zarr_format=3)
+        # Where writing spends its time.
+        self.seconds = {"encode and write": 0.0, "sync": 0.0}
         self._arrays: dict[str, zarr.Array] = {}  # type: ignore[type-arg]
         for path in self.layouts:
             array = group[path]
@@ -49,11 +53,14 @@ class Store:
         for path, layout in self.layouts.items():
             if data[path].shape != (block.rows, *layout.row_shape):
                 raise ValueError(f"{path}: expected rows {(block.rows, *layout.row_shape)}, found {data[path].shape}")
+        started = time.perf_counter()
         for path, array in self._arrays.items():
             # What a killed writer left is not to be merged with: zarr reads an edge chunk before it writes it.
             for key in chunk_keys(self.layouts[path], block):
                 (self.folder / path / key).unlink(missing_ok=True)
             array[block.start : block.stop] = data[path]
+        self.seconds["encode and write"] += time.perf_counter() - started
+        started = time.perf_counter()
         records, folders = [], set()
         for path, layout in self.layouts.items():
             for key in chunk_keys(layout, block):
@@ -62,6 +69,7 @@ class Store:
                 folders.add(file.parent)
                 records.append(record_of_chunk(self.folder.parent, file))
         sync_folders(folders)
+        self.seconds["sync"] += time.perf_counter() - started
         return tuple(records)
 
     def read_block(self, block: Block, paths: Iterable[str] | None = None) -> dict[str, Array]:
@@ -94,19 +102,35 @@ def create_store(folder: Path, layouts: Iterable[ArrayLayout], codec: Codec) -> 
             shape=layout.shape,
             chunks=layout.chunks,
             dtype=dtype,
-            fill_value=float("nan") if dtype.kind == "f" else 0,
+            fill_value=_fill_value(layout),
             compressors=codec.pipeline(dtype.itemsize),
             filters=None,
             # One flat folder of chunk files an array: one folder to sync a block.
             chunk_key_encoding={"name": "default", "separator": "."},
             dimension_names=("sample", *(f"axis{i}" for i in range(1, len(layout.shape)))),
             config={"write_empty_chunks": True},
+            attributes=_attributes(layout),
         )
     files = sorted(folder.rglob(METADATA))
     for file in files:
         sync_file(file)
     sync_folders([folder.parent, *(file.parent for file in files)])
     return tuple(record_of_file(folder.parent, file) for file in files)
+
+
+def _fill_value(layout: ArrayLayout) -> float | int:
+    """What a missing chunk reads as: NaN, also in the bits of a bfloat16."""
+    if layout.stands_for == "bfloat16":
+        return 0x7FC0
+    return float("nan") if np.dtype(layout.dtype).kind == "f" else 0
+
+
+def _attributes(layout: ArrayLayout) -> dict[str, Any]:
+    """What a reader without this package must know of 16-bit rows."""
+    if layout.stands_for == "bfloat16" or layout.dtype == "float16":
+        kind = layout.stands_for or layout.dtype
+        return {"element_type": kind, "scaled_by": f"2 ** {layout.path}_exponent, row by row"}
+    return {}
 
 
 def record_of_chunk(root: Path, file: Path) -> FileRecord:

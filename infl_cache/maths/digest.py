@@ -7,11 +7,12 @@ import functools
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 # Names of the module that a function reads as settings; other objects there may change without changing what it does.
@@ -29,6 +30,30 @@ def sample_digest(sample: Any) -> int:
     hasher = hashlib.blake2b(digest_size=8)
     _feed(hasher, sample)
     return int.from_bytes(hasher.digest(), "little")
+
+
+def row_digests(tensors: Sequence[Tensor]) -> NDArray[np.uint64]:
+    """`sample_digest((t[i] for t in tensors))` of every row i, without taking the rows out one by one.
+
+    >>> x, y = torch.randn(3, 4), torch.arange(3)
+    >>> row_digests([x, y])[1] == sample_digest((x[1], y[1]))
+    True
+    """
+    start = hashlib.blake2b(f"L{len(tensors)}".encode(), digest_size=8)
+    columns = []
+    for tensor in tensors:
+        dense = tensor.detach().cpu().contiguous()
+        width = dense[0].numel() * dense.element_size()
+        head = f"T{tensor.dtype}{tuple(tensor.shape[1:])}".encode()
+        columns.append((head, memoryview(dense.reshape(-1).view(torch.uint8).numpy().data) if width else b"", width))
+    digests = np.empty(len(tensors[0]), np.uint64)
+    for row in range(len(digests)):
+        hasher = start.copy()
+        for head, data, width in columns:
+            hasher.update(head)
+            hasher.update(data[row * width : (row + 1) * width])
+        digests[row] = int.from_bytes(hasher.digest(), "little")
+    return digests
 
 
 def digest_of(values: Iterable[Any]) -> str:

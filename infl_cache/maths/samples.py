@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
 from infl_cache.errors import BadInput
-from infl_cache.maths.digest import sample_digest
+from infl_cache.maths.digest import row_digests, sample_digest
 
 Collate = Callable[[list[Any]], Any]
 
@@ -71,12 +71,26 @@ class _Groups(TorchDataset[Any]):
         self.dataset, self.name, self.collate = dataset, name, collate
 
     def __getitem__(self, group: Sequence[int]) -> Any:
+        tensors = self._tensors(group)
+        if tensors is not None:
+            # In-place writes of a model must not reach the data set: the rows are copied.
+            data = [tensor.clone() for tensor in tensors]
+            return Batch(group, data, row_digests(tensors), tuple(tensor[0] for tensor in tensors))
         try:
             samples = [fetch(self.dataset, index, self.name) for index in group]
             digests = np.array([sample_digest(sample) for sample in samples], np.uint64)
             return Batch(group, _collated(self.collate, samples, self.name, group), digests, samples[0])
         except BadInput as error:  # worker processes cannot raise through torch's loader without losing the message
             return BadInput(str(error))
+
+    def _tensors(self, group: Sequence[int]) -> list[torch.Tensor] | None:
+        """Consecutive rows of a plain `TensorDataset`, which need not be taken out and put together one by one."""
+        if type(self.dataset) is not TensorDataset or self.collate is not default_collate:
+            return None
+        if not isinstance(group, range) or group.step != 1 or not group or group.stop > len(self.dataset):
+            return None
+        tensors = [tensor[group.start : group.stop] for tensor in self.dataset.tensors]
+        return None if any(tensor.layout != torch.strided for tensor in tensors) else tensors
 
 
 def _collated(collate: Collate, samples: list[Any], name: str, group: Sequence[int]) -> Any:

@@ -7,13 +7,15 @@ For a linear layer with S the (n_out, n_in) part of s_test that belongs to its w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from infl_cache.maths.capture.engine import Factors
 from infl_cache.maths.capture.forms import Forms, Layer
-from infl_cache.maths.capture.linear import multiplied_out
+from infl_cache.maths.capture.rules import RULES
 from infl_cache.maths.params import unflatten
 
 
@@ -30,15 +32,11 @@ def influence(dots: Tensor, n_train: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Queries:
-    """M rows of s_test, cut up as the gradients are stored.
-
-    `dense` (M, n_dense); `weights[key]` (M, n_out, n_in) and `biases[key]` (M, n_out) of each factored layer.
-    """
+    """M rows of s_test, cut up as the gradients are stored: `dense` (M, n_dense), `values[name]` (M, *shape)."""
 
     count: int
     dense: Tensor
-    weights: dict[str, Tensor]
-    biases: dict[str, Tensor]
+    values: dict[str, Tensor]
 
 
 def queries(forms: Forms, s_test: Tensor) -> Queries:
@@ -48,45 +46,39 @@ def queries(forms: Forms, s_test: Tensor) -> Queries:
     return Queries(
         len(s_test),
         torch.cat(dense, 1) if dense else s_test.new_zeros(len(s_test), 0),
-        {layer.key: pieces[layer.weight].contiguous() for layer in forms.factored if layer.weight},
-        {layer.key: pieces[layer.bias] for layer in forms.factored if layer.bias},
+        {name: pieces[name].contiguous() for layer in forms.factored for name in layer.names},
     )
 
 
-def scores(
-    forms: Forms, asked: Queries, factors: dict[str, tuple[Tensor, Tensor]], dense: Tensor, budget: int
-) -> Tensor:
+def scores(forms: Forms, asked: Queries, factors: Factors, dense: Tensor, budget: int) -> Tensor:
     """The dot products `(M, B)` of M queries with B stored gradients, temporaries within about `budget` bytes."""
     total = asked.dense @ dense.T
     for layer in forms.factored:
         inputs, output_grad = factors[layer.key]
-        total += _weight_scores(layer, asked.weights[layer.key], inputs, output_grad, budget)
-        if layer.bias:
-            total += asked.biases[layer.key] @ output_grad.sum(1).T
+        weights = asked.values[layer.parameters["weight"]]
+        total += _weight_scores(layer, weights, inputs, output_grad, budget)
+        if "bias" in layer.parameters:
+            bias = RULES[layer.rule].bias_gradient(layer.settings, output_grad)
+            total += asked.values[layer.parameters["bias"]] @ bias.T
     return total
 
 
 def _weight_scores(layer: Layer, weights: Tensor, inputs: Tensor, output_grad: Tensor, budget: int) -> Tensor:
     """The weight's part, contracted directly or by rebuilding gradients tile by tile, whichever is fewer operations.
 
-    Per query and sample the direct way costs T n_in n_out; rebuilding costs T n_in n_out once a sample, then
-    n_in n_out per query. With T = 1 that is a tie in operations, and the direct way writes less to memory.
+    For M queries the direct way costs `direct` each; rebuilding costs `build` once a sample, then one product of
+    the gradient's size for each query.
     """
-    count = len(weights)
-    direct = layer.positions == 1 or count * layer.positions <= layer.positions + count
-    temporary = count * layer.positions * layer.n_out if direct else layer.n_in * layer.n_out
-    step = max(1, budget // (temporary * inputs.element_size()))
+    rule, count, size = RULES[layer.rule], len(weights), weights[0].numel()
+    build, direct = rule.operations(layer.input_shape, layer.grad_shape, size)
+    contracted = direct is not None and (direct <= size or count * direct <= build + count * size)
+    held = count * math.prod(layer.grad_shape) if contracted else 2 * size
+    step = max(1, budget // (held * output_grad.element_size()))
     pieces = []
     for start in range(0, len(inputs), step):
         a, g = inputs[start : start + step], output_grad[start : start + step]
-        pieces.append(_direct(weights, a, g) if direct else weights.flatten(1) @ multiplied_out(a, g)[0].flatten(1).T)
-    return torch.cat(pieces, 1)
-
-
-def _direct(weights: Tensor, inputs: Tensor, output_grad: Tensor) -> Tensor:
-    """`sum_t,o output_grad[b,t,o] (weights[m] @ input[b,t])[o]` as one matrix product, then a weighted sum."""
-    count, n_out, n_in = weights.shape
-    size, positions, _ = inputs.shape
-    seen = inputs.reshape(-1, n_in) @ weights.reshape(-1, n_in).T  # (B T, M n_out)
-    seen = seen.view(size, positions, count, n_out)
-    return torch.einsum("btmo,bto->mb", seen, output_grad)
+        if contracted:
+            pieces.append(rule.products(layer.settings, weights, a, g))
+        else:
+            pieces.append(weights.flatten(1) @ rule.weight_gradient(layer.settings, a, g).flatten(1).T)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)

@@ -150,14 +150,21 @@ def _load_module(place: str) -> Any:
     return module
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a device or on the host."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def blaming(what: str) -> Iterator[None]:
     """Turn an exception of the user's code into `BadInput` that says whose it is and ends with its traceback."""
     try:
         yield
-    except (BadInput, torch.OutOfMemoryError, MemoryError):
+    except BadInput:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         lines = traceback.format_exc(limit=-3).rstrip()
         raise BadInput(f"{what} raised {type(error).__name__}: {error}\n{lines}") from error
 
@@ -269,7 +276,7 @@ def targets_as_numbers(task: Task, data: Any, size: int) -> Tensor:
     """The targets of a batch as float64 (B,), NaN where a sample's target is not a single number."""
     targets = task.targets(data)
     if isinstance(targets, Tensor) and targets.numel() == size and targets.shape[:1] == (size,):
-        return targets.detach().reshape(size).to("cpu", torch.float64)
+        return targets.detach().reshape(size).to(torch.float64)
     if isinstance(targets, (list, tuple)) and len(targets) == size:
         return torch.tensor([scalar_of(target) for target in targets], dtype=torch.float64)
     return torch.full((size,), float("nan"), dtype=torch.float64)
@@ -279,7 +286,7 @@ def predictions_of(outputs: Any, size: int) -> Tensor:
     """The predicted class of (B, C) outputs, the value of (B,) or (B, 1) ones, else NaN; float64 (B,)."""
     if isinstance(outputs, Tensor) and outputs.shape[:1] == (size,):
         if outputs.dim() == 2 and outputs.shape[1] > 1:
-            return outputs.detach().argmax(1).to("cpu", torch.float64)
+            return outputs.detach().argmax(1).to(torch.float64)
         if outputs.numel() == size:
-            return outputs.detach().reshape(size).to("cpu", torch.float64)
+            return outputs.detach().reshape(size).to(torch.float64)
     return torch.full((size,), float("nan"), dtype=torch.float64)

@@ -25,14 +25,14 @@ from infl_cache.errors import DamagedStore, IncompleteStore
 from infl_cache.maths import scores
 from infl_cache.maths.capture import Forms
 from infl_cache.progress import progress
-from infl_cache.stages.grads import some
+from infl_cache.stages.grads import grads, some
 from infl_cache.stages.opening import Opened, StageResult, summary
 from infl_cache.stages.rankings import write_rankings
 from infl_cache.stages.same import check_against_store
+from infl_cache.stages.source import gradient_reader
 
 FINAL, PARTIAL = "influence.npy", "influence.partial.npy"
 TILE_COLUMNS = 4096
-PER_SAMPLE = {"loss", "target", "prediction", "residual", "measure"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def influence(run: Opened, force: Force = False) -> StageResult:
     """Compute what is missing of `influence.npy`, then the rankings."""
     started = time.perf_counter()
     folder = run.folder
+    if not run.options.grads.cache:
+        grads(run)  # losses and digests only
     skipped_train, skipped_test = _require_parents(run)
     identity = {"grads": folder.fingerprint("grads"), "stest": folder.fingerprint("stest")}
     plan = folder.claim("influence", run.task_identity, identity, force)
@@ -137,11 +139,9 @@ def _compute(
 
 def _tile_values(run: Opened, forms: Forms, todo: Sequence[Tile]) -> Iterator[tuple[Tile, Floats, float]]:
     """The influences of each tile, with the seconds it took."""
-    gradients, s_test = run.folder.store("grads"), run.folder.store("stest")
-    records = run.folder.records("grads")
-    read_test = _tested_rows(run, s_test)
+    dtype = _product_dtype(run)
+    read_test, read_train = _tested_rows(run, run.folder.store("stest")), gradient_reader(run, forms, dtype)
     n_train = len(run.task.train)
-    dtype = widest_dtype(run.folder)
     loaded: tuple[Block, scores.Queries] | None = None
     for tile in todo:
         started = time.perf_counter()
@@ -150,8 +150,7 @@ def _tile_values(run: Opened, forms: Forms, todo: Sequence[Tile]) -> Iterator[tu
             loaded = (tile.test, scores.queries(forms, read_test(tile.test).to(dtype)))
         pieces = []
         for block in tile.train:
-            run.folder.check_block(records[block.index])
-            factors, dense = stored_gradients(gradients, forms, block, run.device, dtype)
+            factors, dense = read_train(block)
             dots = scores.scores(forms, loaded[1], factors, dense, run.budget // 8)
             pieces.append(scores.influence(dots, n_train).to("cpu", torch.float32).numpy())
         yield tile, np.concatenate(pieces, axis=1), time.perf_counter() - started
@@ -176,23 +175,11 @@ def _tested_rows(run: Opened, store: Store) -> Callable[[Block], Tensor]:
     return read
 
 
-def widest_dtype(folder: RunFolder) -> torch.dtype:
-    """The type of the products: float64 if either store holds it."""
-    stored = {layout.dtype for stage in ("grads", "stest") for layout in folder.array_layouts(stage)
-              if layout.path not in PER_SAMPLE}  # fmt: skip
-    return torch.float64 if "float64" in stored else torch.float32
-
-
-def stored_gradients(
-    store: Store, forms: Forms, block: Block, device: torch.device, dtype: torch.dtype | None = None
-) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """Factors and plain columns of a block of the grads store, as tensors (of `dtype` if given)."""
-    names = [name for layer in forms.factored for name in (f"{layer.key}/input", f"{layer.key}/output_grad")]
-    data = store.read_block(block, [*names, *(["dense"] if forms.n_dense else [])])
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(values)).to(device, dtype) for name, values in data.items()}
-    factors = {x.key: (tensors[f"{x.key}/input"], tensors[f"{x.key}/output_grad"]) for x in forms.factored}
-    like = next(iter(tensors.values()))
-    return factors, tensors.get("dense", like.new_zeros(block.rows, 0))
+def _product_dtype(run: Opened) -> torch.dtype:
+    """The type of the products: float64 if gradients or s_test are kept in it, else float32."""
+    kept = [run.folder.manifest.stages["grads"]["identity"]["dtype"]]
+    kept += [layout.dtype for layout in run.folder.array_layouts("stest") if layout.path == "s_test"]
+    return torch.float64 if "float64" in kept else torch.float32
 
 
 def checked_tiles(folder: RunFolder, tiles: Sequence[Tile]) -> dict[int, BlockRecord]:

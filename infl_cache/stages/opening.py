@@ -6,9 +6,9 @@ import dataclasses
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,10 @@ class Opened:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What one call of a stage did: rows in all, rows computed now, bytes on disk, seconds, and remarks."""
+    """What one call of a stage did: rows in all, rows computed now, bytes on disk, seconds, and remarks.
+
+    `timings` says where the seconds went; those of different threads overlap.
+    """
 
     stage: str
     rows: int
@@ -57,6 +60,7 @@ class StageResult:
     n_bytes: int
     seconds: float
     notes: tuple[str, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
 
 
 @contextmanager
@@ -135,10 +139,22 @@ def options_identity(section: Any, **resolved: Any) -> Identity:
 
 
 def summary(
-    opened: Opened, stage: str, rows: int, computed: int, started: float, notes: Sequence[str] = ()
+    opened: Opened,
+    stage: str,
+    rows: int,
+    computed: int,
+    started: float,
+    notes: Sequence[str] = (),
+    timings: Mapping[str, float] | None = None,
 ) -> StageResult:
     """The result of a stage that has just finished."""
     records = opened.folder.records(stage)
     return StageResult(
-        stage, rows, computed, array_bytes(records.values()), time.perf_counter() - started, tuple(notes)
+        stage,
+        rows,
+        computed,
+        array_bytes(records.values()),
+        time.perf_counter() - started,
+        tuple(notes),
+        dict(timings or {}),
     )

@@ -2,54 +2,54 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from infl_cache.errors import BadInput
-from infl_cache.maths.capture import linear
+from infl_cache.maths.capture.cost import asked_forms, choose_factored
 from infl_cache.maths.capture.engine import capture, rows_of
-from infl_cache.maths.capture.forms import Forms, Layer
+from infl_cache.maths.capture.forms import Forms
+from infl_cache.maths.capture.rules import RULES
+from infl_cache.maths.capture.survey import Found, survey
 from infl_cache.maths.params import Parameters, unflatten
 from infl_cache.maths.probe import probe_batch
-from infl_cache.maths.samples import Batch, spread
-from infl_cache.maths.task import Task, losses_of, reference_gradient
-
-RESERVED = {"dense", "loss", "target", "digest"}
-LENGTH_PROBES = 16
+from infl_cache.maths.samples import Batch
+from infl_cache.maths.task import Task, reference_gradient
 
 
 def decide_forms(
-    task: Task, parameters: Parameters, batch: Batch, form: Literal["auto", "dense"], at_once: int = 32
+    task: Task, parameters: Parameters, batch: Batch, form: str, at_once: int = 32, layer_forms: str | None = None
 ) -> tuple[Forms, list[str]]:
-    """The forms for a task, and in words every layer that a rule should have covered but did not.
+    """The forms for a task, and in words every part that a faster way should have covered but did not.
 
-    Factored where that is smaller (`form="auto"`), by rule where one agrees with plain autograd on
-    every sample of `batch`, by vmap of the whole model for the rest, by a loop where vmap fails.
-    No more than `at_once` samples' gradients are held at a time.
+    A rule where one agrees with plain autograd on every sample of `batch`, factored where that is cheaper
+    (`form="auto"`); for the rest a copy of the parameter for each sample, vmap of the module alone, vmap of the
+    whole model, or a loop. No more than `at_once` samples' gradients are held at a time.
     """
-    found = _linear_layers(task, parameters, batch)
-    varying = _varying_layers(task, found)
-    notes = [
+    groups = [batch.indices[i : i + at_once] for i in range(0, len(batch.indices), at_once)]
+    found, notes = _survey(task, parameters, batch, groups[0])
+    asked = asked_forms(layer_forms, found.layers)
+    notes += [
         f"layer {module!r} sees samples of different lengths and is stored as plain rows;"
         " pad to one length in collate= to store it as factors"
-        for module in sorted(varying)
-        if form == "auto"
+        for module in sorted(found.varying)
+        if form == "auto" and any(layer.module == module for layer in found.layers)
     ]
-    groups = [batch.indices[i : i + at_once] for i in range(0, len(batch.indices), at_once)]
-    forms, more = _with_working_engine(task, _arranged(parameters, found, form, varying), groups)
+    forms, more = _with_working_engine(task, _arranged(parameters, found, form, asked), groups)
     wrong = _disagreeing(task, forms, groups)
-    bad = [layer for layer in found if wrong.intersection(layer.names)]
-    if bad:
-        more += [f"layer {layer.module!r} disagrees with plain autograd by its rule; vmap takes it" for layer in bad]
-        rest = [layer for layer in found if layer not in bad]
-        forms, note = _with_working_engine(task, _arranged(parameters, rest, form, varying), groups)
-        more += note
+    copied = wrong.intersection(each.name for each in found.spread)
+    if copied:
+        found, notes = _survey(task, parameters, batch, groups[0], copied)
+        forms, more = _with_working_engine(task, _arranged(parameters, found, form, asked), groups)
+        wrong = _disagreeing(task, forms, groups)
+    if wrong:
+        more += _said(found, wrong)
+        found = found.without(wrong)
+        forms, again = _with_working_engine(task, _arranged(parameters, found, form, asked), groups)
+        more += again
         wrong = _disagreeing(task, forms, groups)
     if wrong and forms.engine == "vmap" and forms.mapped:
         more.append("vmap of the whole model disagrees with plain autograd; a loop over samples takes its place")
@@ -63,6 +63,20 @@ def decide_forms(
     return forms, notes + more
 
 
+def _survey(
+    task: Task, parameters: Parameters, batch: Batch, group: Sequence[int], not_copied: Iterable[str] = ()
+) -> tuple[Found, list[str]]:
+    """What the model offers, less what fails when it is run."""
+    try:
+        found = survey(task, parameters, batch, not_copied)
+    except BadInput:
+        raise
+    except Exception as error:  # a model that cannot be watched at all
+        note = f"the model's layers cannot be watched, vmap of the whole model takes their place ({_short(error)})"
+        return Found(mapped=parameters.names), [note]
+    return _runnable(task, parameters, found, group)
+
+
 def check_forms(task: Task, forms: Forms, batch: Batch) -> None:
     """`BadInput` if forms that were decided earlier no longer agree with plain autograd."""
     wrong = _disagreeing(task, forms, [[index] for index in batch.indices])
@@ -73,76 +87,80 @@ def check_forms(task: Task, forms: Forms, batch: Batch) -> None:
         )
 
 
-def _linear_layers(task: Task, parameters: Parameters, batch: Batch) -> list[Layer]:
-    """Every layer that the linear rule may cover: its own parameters, called, inputs with the batch first."""
-    model, size = task.model, len(batch.indices)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    owners = Counter(id(own) for module in model.modules() for own in module._parameters.values() if own is not None)
-    shared = {owned for owned, count in owners.items() if count > 1}
-    candidates = [
-        name
-        for name, module in model.named_modules()
-        if linear.follows_rule(module) and not shared.intersection(map(id, module._parameters.values()))
+def _runnable(task: Task, parameters: Parameters, found: Found, group: Sequence[int]) -> tuple[Found, list[str]]:
+    """What was found, less the parts that fail when they are run; a module that vmap cannot follow gets a loop."""
+    notes: list[str] = []
+    looped = [replace(each, engine="loop") for each in found.alone]
+    tries: list[tuple[str, list[Found]]] = [("layers with a rule", [Found(layers=found.layers)])]
+    tries += [(f"parameter {each.name!r}", [Found(spread=(each,))]) for each in found.spread]
+    tries += [
+        (f"module {each.module!r}", [Found(alone=(each,)), Found(alone=(other,))])
+        for each, other in zip(found.alone, looped, strict=True)
     ]
-    device = next(model.parameters()).device
-    with linear.recording(model, candidates, device) as tape, torch.no_grad():
-        losses_of(task, batch)
-    layers: list[Layer] = []
-    for name in candidates:
-        calls = tape.calls.get(name, [])
-        positions = sum(call.output_shape[:-1].numel() for call in calls) // size
-        if not calls or linear.factors(calls, size, positions) is None:
+    for what, parts in tries:
+        errors = []
+        for part in parts:
+            error = _failure(task, parameters, part, group)
+            if error is None:
+                break
+            errors.append(error)
+        if not errors:
             continue
-        module = model.get_submodule(name)
-        chosen = {
-            kind: names[id(own)] if own is not None and names[id(own)] in parameters.names else None
-            for kind, own in (("weight", module._parameters["weight"]), ("bias", module._parameters["bias"]))
-        }
-        if any(chosen.values()):
-            layers.append(Layer(_key(name, layers), name, chosen["weight"], chosen["bias"], positions,
-                                _int(module.in_features), _int(module.out_features)))  # fmt: skip
-    return layers
+        if len(errors) < len(parts):
+            found = replace(found, alone=tuple(part.alone[0] if each.module == part.alone[0].module else each
+                                               for each in found.alone))  # fmt: skip
+            notes.append(f"{what}: vmap cannot follow it, a slower loop over it takes its place ({errors[0]})")
+        else:
+            found = found.without(parts[0].names)
+            notes.append(f"{what}: vmap of the whole model takes its place ({errors[0]})")
+    return found, notes
 
 
-def _int(value: Tensor | nn.Module) -> int:
-    return int(value)  # type: ignore[arg-type]
+def _failure(task: Task, parameters: Parameters, part: Found, group: Sequence[int]) -> str | None:
+    """In short how capturing a part fails, None if it does not."""
+    if not part.names:
+        return None
+    names = tuple(name for name in parameters.names if name in part.names)
+    only = Parameters(names, tuple(parameters.shape_of(name) for name in names))
+    try:
+        capture(
+            task, _arranged(only, part, "dense", {}), probe_batch(task, group, next(task.model.parameters()).device)
+        )
+    except Exception as error:  # vmap and in-place writes fail in many ways
+        return _short(error)
+    return None
 
 
-def _key(module: str, taken: list[Layer]) -> str:
-    """A name that is safe as a folder and belongs to no other array of the store."""
-    plain = re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", module) and module not in RESERVED
-    key = module if plain else f"layer-{len(taken)}"
-    return key if len(key) < 200 else f"layer-{len(taken)}"
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
-def _varying_layers(task: Task, layers: list[Layer]) -> set[str]:
-    """Modules whose number of positions is not the same for every sample: their factors fit no array."""
-    device = next(task.model.parameters()).device
-    modules = [layer.module for layer in layers]
-    seen: dict[str, set[int]] = {layer.module: {layer.positions} for layer in layers}
-    for index in spread(len(task.train), LENGTH_PROBES):
-        with linear.recording(task.model, modules, device) as tape, torch.no_grad():
-            losses_of(task, probe_batch(task, [index], device))
-        for module, calls in tape.calls.items():
-            seen[module].add(sum(call.output_shape[:-1].numel() for call in calls))
-    return {module for module, positions in seen.items() if len(positions) > 1}
+def _said(found: Found, wrong: set[str]) -> list[str]:
+    """Which parts disagree with plain autograd."""
+    parts = [f"layer {each.module!r}" for each in found.layers if wrong.intersection(each.names)]
+    parts += [f"parameter {each.name!r}" for each in found.spread if each.name in wrong]
+    parts += [f"module {each.module!r}" for each in found.alone if wrong.intersection(each.parameters.values())]
+    return [f"{part} disagrees with plain autograd by its rule; vmap takes it" for part in parts]
 
 
-def _arranged(parameters: Parameters, layers: list[Layer], form: str, varying: set[str]) -> Forms:
-    factored = [
-        layer
-        for layer in layers
-        if form == "auto"
-        and layer.weight is not None
-        and layer.factor_size < layer.gradient_size
-        and layer.module not in varying
-    ]
-    covered = {name for layer in layers for name in layer.names}
+def _arranged(parameters: Parameters, found: Found, form: str, asked: dict[str, str]) -> Forms:
+    elsewhere = {name for each in found.alone for name in each.parameters.values()}
+    can = {
+        layer.module: RULES[layer.rule].stored
+        and "weight" in layer.parameters
+        and layer.module not in found.varying
+        and not elsewhere.intersection(layer.names)
+        for layer in found.layers
+    }
+    factored = choose_factored(found.layers, can, asked) if form == "auto" else ()
+    kept = {layer.module for layer in factored}
     return Forms(
         parameters,
-        tuple(factored),
-        tuple(layer for layer in layers if layer not in factored),
-        tuple(name for name in parameters.names if name not in covered),
+        factored,
+        tuple(replace(layer, input_key="") for layer in found.layers if layer.module not in kept),
+        found.spread,
+        found.alone,
+        tuple(name for name in parameters.names if name in found.mapped),
     )
 
 
@@ -154,7 +172,7 @@ def _with_working_engine(task: Task, forms: Forms, groups: Sequence[Sequence[int
         capture(task, forms, probe_batch(task, groups[0], next(task.model.parameters()).device))
         return forms, []
     except Exception as error:  # vmap refuses in many ways: in-place writes, data-dependent branches, custom kernels
-        reason = " ".join(str(error).split())[:160]
+        reason = _short(error)
         return replace(forms, engine="loop"), [
             f"vmap cannot follow this model, a slower loop takes its place ({reason})"
         ]

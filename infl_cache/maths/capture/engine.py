@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from infl_cache.errors import BadInput
-from infl_cache.maths.capture import linear
+from infl_cache.maths.capture.alone import alone_gradients
 from infl_cache.maths.capture.forms import Forms, Layer
 from infl_cache.maths.capture.mapped import looped_gradients, mapped_gradients
+from infl_cache.maths.capture.rules import RULES
+from infl_cache.maths.capture.tape import Call, Tape, recording
 from infl_cache.maths.params import Parameters, flatten, unflatten
 from infl_cache.maths.samples import Batch
 from infl_cache.maths.task import Task, blaming, losses_of, predictions_of, targets_as_numbers
+
+Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Captured:
     """Per-sample gradients of a batch of B samples.
 
-    `factors[key]` is (input (B, T, n_in), output_grad (B, T, n_out)); `dense` is (B, n_dense);
+    `factors[key]` is (input (B, n, *in), output_grad (B, n, *out)); `dense` is (B, n_dense);
     `loss` (B,), `target` and `prediction` (B,) as float64, NaN where they are not numbers.
     """
 
-    factors: dict[str, tuple[Tensor, Tensor]]
+    factors: Factors
     dense: Tensor
     loss: Tensor
     target: Tensor
@@ -34,65 +40,140 @@ class Captured:
 def capture(task: Task, forms: Forms, batch: Batch, measure: bool = False) -> Captured:
     """Gradients of every sample's loss (or measure), in the given forms.
 
-    Equals a loop of `torch.autograd.grad` over single samples. Raises `BadInput` if a layer meets
-    more positions than the plan has room for.
+    Equals a loop of `torch.autograd.grad` over single samples. Raises `BadInput` if a layer that is stored as
+    factors meets other shapes than the plan has room for.
     """
     size = len(batch.indices)
-    like = next(task.model.parameters())
-    with (
-        linear.recording(task.model, [layer.module for layer in forms.layers], like.device) as tape,
-        torch.enable_grad(),
-    ):
-        outputs, losses = losses_of(task, batch, measure)
-        if forms.layers and losses.requires_grad:
-            tape.running = False
-            with blaming("backward of the loss"):
-                torch.autograd.grad(losses.sum(), tape.anchor)
-    found = {layer.key: _factors(tape, layer, batch, layer in forms.factored, like) for layer in forms.layers}
+    device = next(task.model.parameters()).device
+    watched = [layer.module for layer in forms.layers] + [unit.module for unit in forms.alone]
     pieces: dict[str, Tensor] = {}
-    for layer in forms.expanded:
-        pieces.update(_expanded(layer, *found.pop(layer.key)))
+    with recording(task.model, list(dict.fromkeys(watched)), device, forms.spread, size) as tape, torch.enable_grad():
+        outputs, losses = losses_of(task, batch, measure)
+        if (watched or forms.spread) and losses.requires_grad:
+            with blaming("backward of the loss"):
+                copies = tape.backward(losses.sum())
+            pieces = {name: grad.reshape(size, *forms.parameters.shape_of(name)) for name, grad in copies.items()}
+    with torch.no_grad():
+        factors = _stored_factors(task, forms, tape, batch)
+        for layer in forms.expanded:
+            _add(pieces, _expanded_calls(task, layer, tape.calls.get(layer.module, []), size))
+    for unit in forms.alone:
+        _add(pieces, alone_gradients(task.model, unit, tape.calls.get(unit.module, [])))
     if forms.mapped:
-        pieces.update(_by_engine(task, forms, batch, measure))
-    dense = Parameters(forms.dense, tuple(forms.parameters.shape_of(name) for name in forms.dense))
+        _add(pieces, _by_engine(task, forms, batch, measure))
     return Captured(
-        found,
-        flatten(dense, pieces, leading=1) if forms.dense else losses.new_zeros(size, 0).detach(),
+        factors,
+        _side_by_side(forms, pieces, losses),
         losses.detach(),
         targets_as_numbers(task, batch.data, size),
         predictions_of(outputs, size),
     )
 
 
-def rows_of(forms: Forms, captured_factors: dict[str, tuple[Tensor, Tensor]], dense: Tensor) -> Tensor:
+def rows_of(forms: Forms, factors: Factors, dense: Tensor) -> Tensor:
     """Plain gradient rows `(B, n_params)`, rebuilt from factors and dense columns."""
     sizes = [forms.parameters.sizes[forms.parameters.names.index(name)] for name in forms.dense]
     pieces = dict(zip(forms.dense, torch.split(dense, sizes, 1) if sizes else (), strict=True))
     for layer in forms.factored:
-        pieces.update({name: each.flatten(1) for name, each in _expanded(layer, *captured_factors[layer.key]).items()})
+        _add(pieces, {name: each.flatten(1) for name, each in multiplied_out(layer, *factors[layer.key]).items()})
     return torch.cat([pieces[name] for name in forms.parameters.names], dim=1)
 
 
-def _factors(tape: linear.Tape, layer: Layer, batch: Batch, stored: bool, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer's factors, with exactly the positions that the store has room for if they are to be stored."""
-    calls = tape.calls.get(layer.module, [])
-    if not calls:  # this batch went another way through the model
-        shape = (len(batch.indices), layer.positions)
-        return like.new_zeros(*shape, layer.n_in), like.new_zeros(*shape, layer.n_out)
-    found = linear.factors(calls, len(batch.indices), layer.positions if stored else None)
-    if found is None:
-        shapes = [tuple(call.input.shape) for call in calls]
-        raise BadInput(
-            f"layer {layer.module!r}: expected inputs of shape ({len(batch.indices)}, at most {layer.positions},"
-            f" {layer.n_in}), found {shapes} at samples {batch.indices[0]} to {batch.indices[-1]};"
-            " pad to one length in collate=, or use --form dense"
-        )
+def multiplied_out(layer: Layer, inputs: Tensor, output_grad: Tensor) -> dict[str, Tensor]:
+    """The gradients `(B, *shape)` of a layer's chosen parameters, by their names in the model."""
+    rule, found = RULES[layer.rule], {}
+    if "weight" in layer.parameters:
+        found[layer.parameters["weight"]] = rule.weight_gradient(layer.settings, inputs, output_grad)
+    if "bias" in layer.parameters:
+        found[layer.parameters["bias"]] = rule.bias_gradient(layer.settings, output_grad)
     return found
 
 
-def _expanded(layer: Layer, inputs: Tensor, output_grad: Tensor) -> dict[str, Tensor]:
-    weight, bias = linear.multiplied_out(inputs, output_grad)
-    return {name: each for name, each in ((layer.weight, weight), (layer.bias, bias)) if name is not None}
+def by_position(tensor: Tensor, size: int, axis: int, event: int) -> Tensor:
+    """A layer's input or output as `(B, n, *event)`: the batch axis first, all others before the event in n."""
+    moved = tensor.movedim(axis, 0)
+    return moved.reshape(size, -1, *moved.shape[moved.dim() - event :])
+
+
+def _add(pieces: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """A parameter that several layers use has the sum of their gradients."""
+    for name, each in more.items():
+        pieces[name] = pieces[name] + each if name in pieces else each
+
+
+def _factors_of_call(task: Task, layer: Layer, call: Call, size: int) -> tuple[Tensor, Tensor]:
+    rule, module = RULES[layer.rule], task.model.get_submodule(layer.module)
+    into, out = rule.events(module, call)
+    grad = by_position(call.grad(next(task.model.parameters())), size, layer.axes[1], out)
+    inputs = rule.prepare(module, call.input) if "weight" in layer.parameters else call.input
+    return by_position(inputs, size, layer.axes[0], into), grad
+
+
+def _expanded_calls(task: Task, layer: Layer, calls: list[Call], size: int) -> dict[str, Tensor]:
+    pieces: dict[str, Tensor] = {}
+    for call in calls:
+        _add(pieces, multiplied_out(layer, *_factors_of_call(task, layer, call, size)))
+    return pieces
+
+
+def _stored_factors(task: Task, forms: Forms, tape: Tape, batch: Batch) -> Factors:
+    """What the store has room for: each factored layer's input and output gradient, over all its calls."""
+    size, like = len(batch.indices), next(task.model.parameters())
+    factors: Factors = {}
+    for layer in forms.factored:
+        calls = tape.calls.get(layer.module, [])
+        if calls:
+            try:
+                pairs = [_factors_of_call(task, layer, call, size) for call in calls]
+                inputs, grads = (torch.cat(each, 1) if len(pairs) > 1 else each[0] for each in zip(*pairs, strict=True))
+            except RuntimeError:  # shapes that cannot be brought together
+                inputs = grads = like.new_zeros(0, 0)
+        else:  # this batch went another way through the model
+            inputs, grads = like.new_zeros(size, *layer.input_shape), like.new_zeros(size, *layer.grad_shape)
+        factors[layer.key] = (
+            _filled(layer, layer.input_shape, inputs, batch),
+            _filled(layer, layer.grad_shape, grads, batch),
+        )
+    _refuse_other_inputs(forms, factors, batch)
+    return factors
+
+
+def _filled(layer: Layer, shape: tuple[int, ...], found: Tensor, batch: Batch) -> Tensor:
+    """Exactly the positions that the store has room for; zeros in the missing ones add nothing to a gradient."""
+    missing = shape[0] - found.shape[1] if found.shape[2:] == shape[1:] else -1
+    if missing < 0:
+        raise BadInput(
+            f"layer {layer.module!r}: expected inputs or outputs of shape ({len(batch.indices)}, at most {shape[0]},"
+            f" {', '.join(map(str, shape[1:]))}), found {tuple(found.shape)} at samples {batch.indices[0]} to"
+            f" {batch.indices[-1]}; pad to one length in collate=, or use --form dense"
+        )
+    return F.pad(found, (0, 0) * (found.dim() - 2) + (0, missing)) if missing else found
+
+
+def _refuse_other_inputs(forms: Forms, factors: Factors, batch: Batch) -> None:
+    """A layer that shares another one's stored input must still see the very same."""
+    for layer in forms.factored:
+        if layer.input_key:
+            ours, theirs = factors[layer.key][0], factors[layer.input_key][0]
+            if ours.data_ptr() != theirs.data_ptr() and not torch.equal(ours, theirs):
+                raise BadInput(
+                    f"layer {layer.module!r}: expected the input of layer {layer.input_key!r} as in the first samples,"
+                    f" found another at samples {batch.indices[0]} to {batch.indices[-1]}; use --form dense"
+                )
+
+
+def _side_by_side(forms: Forms, pieces: dict[str, Tensor], losses: Tensor) -> Tensor:
+    """The plain columns `(B, n_dense)`; zeros for a parameter that this batch did not use."""
+    size = len(losses)
+    if not forms.dense:
+        return losses.new_zeros(size, 0).detach()
+    dense = Parameters(forms.dense, tuple(forms.parameters.shape_of(name) for name in forms.dense))
+    like = next((piece for piece in pieces.values()), losses)
+    full = {
+        name: pieces[name] if name in pieces else like.new_zeros(size, *shape)
+        for name, shape in zip(dense.names, dense.shapes, strict=True)
+    }
+    return flatten(dense, full, leading=1).detach()
 
 
 def _by_engine(task: Task, forms: Forms, batch: Batch, measure: bool) -> dict[str, Tensor]:

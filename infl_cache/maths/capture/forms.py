@@ -3,43 +3,83 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from infl_cache.errors import DamagedStore
 from infl_cache.maths.params import Parameters
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer seen through its factors `input (T, n_in)` and `output_grad (T, n_out)`.
+    """A layer that a rule covers, seen through `input (n, ...)` and `output_grad (n, ...)` of one sample.
 
-    `key` is its name in the store, `module` its path in the model; `weight` and `bias` are the names of
-    those of its parameters that were chosen.
+    `n` counts positions of a linear layer or an embedding, images of a convolution. `key` is the layer's name in
+    the store, `module` its path in the model, `parameters` maps the chosen ones of its parameters (`weight`,
+    `bias`) to their names in the model; a parameter of several layers is the sum over them. `settings` is what the
+    rule needs to multiply out (strides, say), `axes` are the batch axes of the module's own input and output,
+    `input_key` names the layer whose stored input this one shares.
     """
 
     key: str
     module: str
-    weight: str | None
-    bias: str | None
-    positions: int
-    n_in: int
-    n_out: int
+    rule: str
+    parameters: dict[str, str]
+    input_shape: tuple[int, ...]
+    grad_shape: tuple[int, ...]
+    gradient_size: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    axes: tuple[int, int] = (0, 0)
+    input_key: str = ""
+    indices: bool = False
+
+    @property
+    def input_from(self) -> str:
+        """The key under which this layer's input is stored."""
+        return self.input_key or self.key
 
     @property
     def factor_size(self) -> int:
-        """Numbers a sample in factored form."""
-        return self.positions * (self.n_in + self.n_out)
-
-    @property
-    def gradient_size(self) -> int:
-        """Numbers a sample in plain form."""
-        return (self.n_in * self.n_out if self.weight else 0) + (self.n_out if self.bias else 0)
+        """Numbers a sample in factored form, a shared input counted where it is stored."""
+        own = 0 if self.input_key else math.prod(self.input_shape)
+        return own + math.prod(self.grad_shape)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The chosen parameters of this layer."""
-        return tuple(name for name in (self.weight, self.bias) if name is not None)
+        return tuple(self.parameters.values())
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A parameter used by its own module in arithmetic that broadcasts: each sample is given a copy of its own.
+
+    Parameter `name` is attribute `attribute` of `module`; its copies have `ones` axes of length 1 after the
+    batch axis, or take the place of a first axis of length 1 (`ones` is -1).
+    """
+
+    name: str
+    module: str
+    attribute: str
+    ones: int
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A module without a rule: vmap of it alone, from what goes in to the gradient of what comes out.
+
+    `parameters` maps names inside the module to names in the model; `inputs` and `outputs` hold the batch axis
+    of each tensor that goes in or out, None where it belongs to no sample. Where vmap cannot follow the module,
+    `engine` is a `loop` over the samples.
+    """
+
+    module: str
+    parameters: dict[str, str]
+    inputs: tuple[int | None, ...]
+    outputs: tuple[int | None, ...]
+    engine: Literal["vmap", "loop"] = "vmap"
 
 
 @dataclass(frozen=True)
@@ -47,19 +87,21 @@ class Forms:
     """The whole plan of a capture.
 
     `factored` layers are kept as factors; `expanded` ones are captured as factors and multiplied out into
-    plain rows; `mapped` parameters get their rows by `engine`: `vmap` of the whole model, or a `loop` of
-    plain autograd where vmap cannot go.
+    plain rows; `spread` parameters and modules `alone` get rows from the same backward pass; `mapped` parameters
+    by `engine`: `vmap` of the whole model, or a `loop` of plain autograd where vmap cannot go.
     """
 
     parameters: Parameters
-    factored: tuple[Layer, ...]
-    expanded: tuple[Layer, ...]
-    mapped: tuple[str, ...]
+    factored: tuple[Layer, ...] = ()
+    expanded: tuple[Layer, ...] = ()
+    spread: tuple[Spread, ...] = ()
+    alone: tuple[Alone, ...] = ()
+    mapped: tuple[str, ...] = ()
     engine: Literal["vmap", "loop"] = "vmap"
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """All layers that are captured as factors."""
+        """All layers that are captured by a rule."""
         return self.factored + self.expanded
 
     @property
@@ -87,15 +129,33 @@ class Forms:
     def from_json(cls, content: Mapping[str, Any]) -> Forms:
         """The inverse of `to_json`.
 
-        >>> forms = Forms(Parameters(("w",), ((2, 2),)), (), (), ("w",))
+        >>> forms = Forms(Parameters(("w",), ((2, 2),)), mapped=("w",))
         >>> Forms.from_json(forms.to_json()) == forms
         True
         """
+        try:
+            return cls._read(content)
+        except (KeyError, TypeError) as error:
+            raise DamagedStore(
+                f"the plan of grads: expected the forms of this version of infl_cache, found others ({error!r});"
+                " start over with infl-cache grads --force"
+            ) from error
+
+    @classmethod
+    def _read(cls, content: Mapping[str, Any]) -> Forms:
         parameters = content["parameters"]
         return cls(
             Parameters(tuple(parameters["names"]), tuple(tuple(shape) for shape in parameters["shapes"])),
-            tuple(Layer(**layer) for layer in content["factored"]),
-            tuple(Layer(**layer) for layer in content["expanded"]),
+            tuple(_layer(each) for each in content["factored"]),
+            tuple(_layer(each) for each in content["expanded"]),
+            tuple(Spread(**each) for each in content["spread"]),
+            tuple(Alone(**{**each, "inputs": tuple(each["inputs"]), "outputs": tuple(each["outputs"])})
+                  for each in content["alone"]),
             tuple(content["mapped"]),
             content["engine"],
-        )
+        )  # fmt: skip
+
+
+def _layer(content: Mapping[str, Any]) -> Layer:
+    shapes = {name: tuple(content[name]) for name in ("input_shape", "grad_shape", "axes")}
+    return Layer(**{**content, **shapes})

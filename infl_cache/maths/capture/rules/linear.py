@@ -1,0 +1,36 @@
+r"""`nn.Linear`: :math:`\nabla W = \sum_t \delta_t a_t^T`, with inputs `a_t` and output gradients :math:`\delta_t`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from infl_cache.maths.capture.rules.rule import Rule, Settings, plain
+from infl_cache.maths.capture.tape import Call
+
+
+class Linear(Rule):
+    """A matrix product over the last axis, at any number of positions."""
+
+    name = "linear"
+    stored = True
+
+    def follows(self, module: nn.Module) -> bool:
+        return plain(module, nn.Linear)
+
+    def events(self, module: nn.Module, call: Call) -> tuple[int, int]:
+        return 1, 1
+
+    def weight_gradient(self, settings: Settings, inputs: Tensor, output_grad: Tensor) -> Tensor:
+        # One position is an outer product, for which a batched matrix product is slow.
+        return output_grad.transpose(1, 2) * inputs if inputs.shape[1] == 1 else output_grad.transpose(1, 2) @ inputs
+
+    def products(self, settings: Settings, weights: Tensor, inputs: Tensor, output_grad: Tensor) -> Tensor:
+        """`sum_t,o output_grad[b,t,o] (weights[m] @ input[b,t])[o]`: one matrix product, then a weighted sum."""
+        count, n_out, n_in = weights.shape
+        size, positions, _ = inputs.shape
+        seen = inputs.reshape(-1, n_in) @ weights.reshape(-1, n_in).T  # (B T, M n_out)
+        return torch.einsum("btmo,bto->mb", seen.view(size, positions, count, n_out), output_grad)
+
+    def operations(self, inputs: tuple[int, ...], output_grad: tuple[int, ...], size: int) -> tuple[int, int | None]:
+        return inputs[0] * size, inputs[0] * size
