@@ -19,6 +19,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset, default_collate
 
 from infl_cache.errors import BadInput
+from infl_cache.maths.model import by_its_own_code
 from infl_cache.maths.params import Parameters
 from infl_cache.maths.samples import Batch
 
@@ -180,7 +181,8 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
         model.eval()
         for parameter, _ in required:
             parameter.requires_grad_(False)
-        yield
+        with by_its_own_code(model):
+            yield
     finally:
         for parameter, flag in required:
             parameter.requires_grad_(flag)

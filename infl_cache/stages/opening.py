@@ -23,6 +23,7 @@ from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput
 from infl_cache.interrupt import stop_between_blocks
 from infl_cache.maths.digest import code_digest, digest_of, weights_digest
+from infl_cache.maths.model import unwrapped
 from infl_cache.maths.params import Parameters, select
 from infl_cache.maths.probe import check_data
 from infl_cache.maths.samples import spread
@@ -67,6 +68,7 @@ class StageResult:
 def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
     """Lock the folder, put the model on its device in eval mode, catch signals; undo all of it on leaving."""
     device = choose_device(options.resources.device)
+    task = dataclasses.replace(task, model=unwrapped(task.model))
     parameters = select(task.model, task.parameters)
     with folder.writing(), stop_between_blocks() as check, evaluating(task.model, device):
         budget = memory_budget(options.resources.memory, device)

@@ -14,7 +14,7 @@ from infl_cache.maths.capture.alone import alone_gradients
 from infl_cache.maths.capture.forms import Forms, Layer
 from infl_cache.maths.capture.mapped import looped_gradients, mapped_gradients
 from infl_cache.maths.capture.rules import RULES
-from infl_cache.maths.capture.tape import Call, Tape, recording
+from infl_cache.maths.capture.tape import Call, Tape, once_a_sample, recording
 from infl_cache.maths.params import Parameters, flatten, unflatten
 from infl_cache.maths.samples import Batch
 from infl_cache.maths.task import Task, blaming, losses_of, predictions_of, targets_as_numbers
@@ -47,7 +47,11 @@ def capture(task: Task, forms: Forms, batch: Batch, measure: bool = False) -> Ca
     device = next(task.model.parameters()).device
     watched = [layer.module for layer in forms.layers] + [unit.module for unit in forms.alone]
     pieces: dict[str, Tensor] = {}
-    with recording(task.model, list(dict.fromkeys(watched)), device, forms.spread, size) as tape, torch.enable_grad():
+    common = {layer.module: len(layer.grad_shape) - 1 for layer in forms.layers if layer.axes[1] < 0}
+    with (
+        recording(task.model, list(dict.fromkeys(watched)), device, forms.spread, size, common) as tape,
+        torch.enable_grad(),
+    ):
         outputs, losses = losses_of(task, batch, measure)
         if (watched or forms.spread) and losses.requires_grad:
             with blaming("backward of the loss"):
@@ -104,9 +108,11 @@ def _add(pieces: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 def _factors_of_call(task: Task, layer: Layer, call: Call, size: int) -> tuple[Tensor, Tensor]:
     rule, module = RULES[layer.rule], task.model.get_submodule(layer.module)
     into, out = rule.events(module, call)
-    grad = by_position(call.grad(next(task.model.parameters())), size, layer.axes[1], out)
+    grad = by_position(call.grad(next(task.model.parameters())), size, max(0, layer.axes[1]), out)
     inputs = rule.prepare(module, call.input) if "weight" in layer.parameters else call.input
-    return by_position(inputs, size, layer.axes[0], into), grad
+    if layer.axes[0] < 0:
+        inputs = once_a_sample(inputs, size, into)
+    return by_position(inputs, size, max(0, layer.axes[0]), into), grad
 
 
 def _expanded_calls(task: Task, layer: Layer, calls: list[Call], size: int) -> dict[str, Tensor]:

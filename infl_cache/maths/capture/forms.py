@@ -19,8 +19,8 @@ class Layer:
     `n` counts positions of a linear layer or an embedding, images of a convolution. `key` is the layer's name in
     the store, `module` its path in the model, `parameters` maps the chosen ones of its parameters (`weight`,
     `bias`) to their names in the model; a parameter of several layers is the sum over them. `settings` is what the
-    rule needs to multiply out (strides, say), `axes` are the batch axes of the module's own input and output,
-    `input_key` names the layer whose stored input this one shares.
+    rule needs to multiply out (strides, say), `axes` are the batch axes of the module's own input and output
+    (-1 where one call serves all samples), `input_key` names the layer whose stored input this one shares.
     """
 
     key: str

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from infl_cache.maths.capture.engine import by_position
 from infl_cache.maths.capture.forms import Alone, Layer, Spread
 from infl_cache.maths.capture.rules import Rule, rule_for
-from infl_cache.maths.capture.tape import Call, recording
+from infl_cache.maths.capture.tape import Call, once_a_sample, recording
 from infl_cache.maths.params import Parameters
 from infl_cache.maths.probe import probe_batch
 from infl_cache.maths.samples import Batch, spread
@@ -80,6 +80,8 @@ def survey(task: Task, parameters: Parameters, batch: Batch, not_copied: Iterabl
     for path in dict.fromkeys(path for places in owners.values() for path, _ in places):
         chosen = {own: name for name, places in owners.items() for where, own in places if where == path}
         layer = _layer(model.get_submodule(path), path, chosen, one.get(path, []), two.get(path, []), layers)
+        if layer is not None and layer.axes[1] < 0 and not _serves_all(task, layer, batch):
+            continue
         if layer is not None and set(chosen) <= {"weight", "bias"}:
             layers.append(layer)
             covered |= {(path, own) for own in chosen}
@@ -107,9 +109,7 @@ def _layer(
     rule = rule_for(module)
     if rule is None or not one or len(one) != len(two) or not all(rule.accepts(module, call) for call in one):
         return None
-    axes = {
-        (_axis(a.input.shape, b.input.shape), _axis(a.shapes[0], b.shapes[0])) for a, b in zip(one, two, strict=True)
-    }
+    axes = {_axes_of_layer(a, b) for a, b in zip(one, two, strict=True)}
     if len(axes) != 1 or None in next(iter(axes)):
         return None
     first: Any = next(iter(axes))
@@ -126,10 +126,34 @@ def _layer(
     )  # fmt: skip
 
 
+def _axes_of_layer(one: Call, two: Call) -> tuple[int | None, int | None]:
+    """Batch axes of input and output; -1 for both if the layer is called once for all samples."""
+    shapes = [(one.input.shape, two.input.shape), (one.shapes[0], two.shapes[0])]
+    if all(a == b for a, b in shapes):
+        return -1, -1
+    return _axis(*shapes[0]), _axis(*shapes[1])
+
+
+def _serves_all(task: Task, layer: Layer, batch: Batch) -> bool:
+    """Whether the losses stay the same when a layer's one output for all samples is handed on once a sample."""
+    device = next(task.model.parameters()).device
+    pair = probe_batch(task, [batch.indices[0], batch.indices[-1]], device)
+    try:
+        with torch.no_grad():
+            expected = losses_of(task, pair)[1]
+            with recording(task.model, [layer.module], device, (), 2, {layer.module: len(layer.grad_shape) - 1}):
+                found = losses_of(task, pair)[1]
+    except Exception:  # shapes that do not broadcast, and whatever else a model makes of them
+        return False
+    return torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
 def _event_shapes(rule: Rule, module: nn.Module, call: Call, axes: tuple[int, int]) -> tuple[Any, Any] | None:
     """Shapes (n, *event) of one sample's input and output in one call."""
     into, out = rule.events(module, call)
     x, y = call.input, torch.empty(call.shapes[0], device="meta")
+    if axes[0] < 0:
+        x, y, axes = once_a_sample(x, 1, into), once_a_sample(y, 1, out), (0, 0)
     if axes[0] >= max(1, x.dim() - into) or axes[1] >= max(1, y.dim() - out):
         return None
     return tuple(by_position(x, 1, axes[0], into).shape[1:]), tuple(by_position(y, 1, axes[1], out).shape[1:])

@@ -75,9 +75,14 @@ class Tape:
 
 @contextmanager
 def recording(
-    model: nn.Module, modules: Sequence[str], device: torch.device, spread: Sequence[Spread] = (), size: int = 0
-) -> Iterator[Tape]:
-    """Watch the named modules inside, with a copy of each spread parameter for each of `size` samples."""
+    model: nn.Module, modules: Sequence[str], device: torch.device, spread: Sequence[Spread] = (), size: int = 0,
+    common: Mapping[str, int] | None = None,
+) -> Iterator[Tape]:  # fmt: skip
+    """Watch the named modules inside, with a copy of each spread parameter for each of `size` samples.
+
+    `common` modules are called once for all samples (with positions, say): their output is handed on once a
+    sample, so that each copy has a gradient of its own. It maps them to how many of their last axes are one position.
+    """
     tape = Tape(torch.zeros((), device=device, requires_grad=True))
     handles = []
     originals: list[tuple[nn.Module, str, nn.Parameter | None]] = []
@@ -88,7 +93,11 @@ def recording(
             tape.copies[each.name] = copies_of(owner._parameters[each.attribute], each.ones, size)
             owner._parameters[each.attribute] = tape.copies[each.name]  # type: ignore[assignment]
         for name in modules:
-            handles.append(model.get_submodule(name).register_forward_hook(_watching(tape, name), with_kwargs=True))
+            handles.append(
+                model.get_submodule(name).register_forward_hook(
+                    _watching(tape, name, size, common or {}), with_kwargs=True
+                )
+            )
         yield tape
     finally:
         for handle in handles:
@@ -104,8 +113,16 @@ def copies_of(parameter: Tensor | None, ones: int, size: int) -> Tensor:
     return parameter.detach().reshape(1, *shape).expand(size, *shape).clone().requires_grad_()
 
 
-def _watching(tape: Tape, name: str) -> Callable[..., Any]:
+def once_a_sample(tensor: Tensor, size: int, event: int) -> Tensor:
+    """A tensor that belongs to all samples, once for each: in a first axis of length 1 if it has one, or a new one."""
+    single = tensor if tensor.dim() > event and tensor.shape[0] == 1 else tensor.unsqueeze(0)
+    return single.expand(size, *single.shape[1:])
+
+
+def _watching(tape: Tape, name: str, size: int, common: Mapping[str, int]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        if name in common:
+            output = once_a_sample(output, size, common[name]).clone()
         leaves, structure = tree_flatten(output)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         call = Call(args, named, [leaves[i].shape for i in places])
