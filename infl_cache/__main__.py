@@ -32,6 +32,7 @@ HELP = {
     "stest": "stage 2: s_test of every test sample into RUN/s_test.zarr",
     "influence": "stage 3: the influence matrix RUN/influence.npy and the rankings",
     "run": "the three stages in order, then a short report",
+    "plan": "before anything runs: how each layer's gradient is had and kept, bytes, rates, store or not",
     "status": "what is done, what is left, sizes, rates (also while a run is going on)",
     "verify": "compare every byte of the run folder with its ledger; exit 4 if something is damaged",
     "export": "the finished matrix as json (structure of pytorch_influence_functions) or csv",
@@ -42,6 +43,7 @@ EPILOG = """examples:
   infl-cache grads --task task.py:cifar --run runs/cifar --device cuda --memory 8GB
   infl-cache stest --task task.py:cifar --run runs/cifar --damping 0.1 --force
   infl-cache run --config runs/cifar/run.yaml
+  infl-cache plan --task task.py:cifar --run runs/cifar --dtype bfloat16
   infl-cache status runs/cifar
   infl-cache export runs/cifar --format csv --out influence.csv
 
@@ -99,7 +101,7 @@ def parser() -> ArgumentParser:
         version=__version__,
     )
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
-    for name in (*STAGES, "run"):
+    for name in (*STAGES, "run", "plan"):
         commands.add_subcommand(name, _stage_parser(name), help=HELP[name])
     for name in ("status", "verify", "export", "report"):
         commands.add_subcommand(name, _reader_parser(name), help=HELP[name])
@@ -163,8 +165,8 @@ def _plain_parser(name: str, usage: str) -> ArgumentParser:
     )
 
 
-def _run_stages(names: Sequence[str], given: Namespace) -> None:
-    """The named stages, with options from defaults, then RUN/run.yaml, then --config, then the command line."""
+def _prepared(given: Namespace) -> tuple[Run, bool]:
+    """The run with options from defaults, then RUN/run.yaml, then --config, then the command line; and --force."""
     own = {key: value for key, value in vars(given).items() if value is not None}
     config = _config(Path(own["config"])) if "config" in own else {}
     common = config.get("task_args") or {}
@@ -180,6 +182,11 @@ def _run_stages(names: Sequence[str], given: Namespace) -> None:
         merged.pop(name, None)
     run = Run(path, load_task(named, arguments), **merged)
     run.reference = {"task": _lasting(named), "task_args": arguments}
+    return run, force
+
+
+def _run_stages(names: Sequence[str], given: Namespace) -> None:
+    run, force = _prepared(given)
     # `run --force` starts everything over at once: no stage then finds another's older options in its way.
     results = run.all(force) if force and len(names) > 1 else (getattr(run, name)(force) for name in names)
     for result in results:
@@ -233,6 +240,7 @@ def _report(given: Namespace) -> None:
 COMMANDS: dict[str, Callable[[Namespace], None]] = {
     **{name: (lambda given, name=name: _run_stages([name], given)) for name in STAGES},  # type: ignore[misc]
     "run": lambda given: _run_stages(list(STAGES), given),
+    "plan": lambda given: print(_prepared(given)[0].plan()),
     "status": _status,
     "verify": _verify,
     "export": _export,

@@ -19,7 +19,8 @@ from infl_cache.maths.task import Task
 from infl_cache.stages import rank
 from infl_cache.stages.grads import grads
 from infl_cache.stages.influence import influence, require_sound_matrix
-from infl_cache.stages.opening import Opened, StageResult, opened
+from infl_cache.stages.opening import Opened, StageResult, looked_at, opened
+from infl_cache.stages.plan import GradsPlan, plan_grads
 from infl_cache.stages.same import check_same_task
 from infl_cache.stages.status import Status, status
 from infl_cache.stages.stest import stest
@@ -86,6 +87,13 @@ class Run:
     def all(self, force: bool = False) -> list[StageResult]:
         """The three stages in order; with `force`, all of them from the beginning."""
         return [self._stage(name, "all" if force and name == "grads" else False) for name in STAGES]
+
+    def plan(self) -> GradsPlan:
+        """What stage 1 would do and cost, from a few timed batches and a trial block; nothing is kept on disk."""
+        if self.task is None:
+            raise BadInput("task: expected a Task to plan for, found none; Run(path, task)")
+        with looked_at(self.folder, self.task, self.options) as run:
+            return plan_grads(run)
 
     def scores(self) -> NDArray[np.float32]:
         """The influence matrix as a read-only memory map, float32 (n_test, n_train).

@@ -75,6 +75,17 @@ def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
         yield Opened(folder, task, options, parameters, device, budget, check, task_identity(task, parameters))
 
 
+@contextmanager
+def looked_at(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
+    """The same for plans: nothing is locked, made or written, and there is nothing to compare the task with."""
+    device = choose_device(options.resources.device)
+    task = dataclasses.replace(task, model=unwrapped(task.model))
+    parameters = select(task.model, task.parameters)
+    with evaluating(task.model, device):
+        budget = memory_budget(options.resources.memory, device)
+        yield Opened(folder, task, options, parameters, device, budget, lambda: None, {})
+
+
 def choose_device(name: str) -> torch.device:
     """The device of that name; `auto` is the GPU where there is one."""
     if name == "auto":

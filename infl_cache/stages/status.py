@@ -12,6 +12,7 @@ from infl_cache.disk.ledger import array_bytes
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput
 from infl_cache.progress import human_bytes, human_seconds
+from infl_cache.stages.plan import rounding_line
 
 ORDER = ("grads", "stest", "influence")
 
@@ -96,10 +97,16 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
 def _grads_details(folder: RunFolder, n_bytes: int, rows_done: int) -> dict[str, Any]:
     forms = folder.plan("grads")["forms"]
     n_params = int((folder.manifest.task or {}).get("n_params", 0))
-    details = {
-        "forms": f"{len(forms['factored'])} layers factored, {len(forms['expanded'])} multiplied out,"
-        f" {len(forms['mapped'])} parameters by {forms['engine']}"
-    }
+    others = [f"{len(forms[kind])} {words}" for kind, words in
+              (("spread", "parameters copied"), ("alone", "modules alone")) if forms[kind]]  # fmt: skip
+    others += [f"{len(forms['mapped'])} parameters by {forms['engine']} of the model"] if forms["mapped"] else []
+    counts = [f"{len(forms['factored'])} layers factored", f"{len(forms['expanded'])} multiplied out", *others]
+    details = {"forms": ", ".join(counts)}
+    identity = folder.manifest.stages["grads"]["identity"]
+    if not identity["cache"]:
+        return {**details, "gradients": "not kept, computed again by stage 3 (--no-cache)"}
+    if "rounding" in folder.plan("grads"):
+        details["rounding"] = f"{identity['dtype']}: {rounding_line(folder.plan('grads')['rounding'])}"
     if n_bytes and n_params:
         plain = 4 * n_params * rows_done
         details["size"] = f"{plain / n_bytes:,.1f} times smaller than plain float32 rows ({human_bytes(plain)})"

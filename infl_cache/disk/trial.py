@@ -1,0 +1,41 @@
+"""A small store written, synced, read back and removed: what a disk and a codec do, measured where it matters."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from infl_cache.disk.codecs import Codec
+from infl_cache.disk.durable import disk_full_is_said
+from infl_cache.disk.layout import ArrayLayout, Block
+from infl_cache.disk.store import Array, Store, create_store
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Bytes on the disk, seconds to write and sync them, seconds to read them (from the page cache), bytes free."""
+
+    n_bytes: int
+    write_seconds: float
+    read_seconds: float
+    free: int
+
+
+def try_store(near: Path, layouts: Iterable[ArrayLayout], codec: Codec, data: Mapping[str, Array]) -> Trial:
+    """Write one block of `data` next to where the run folder is, or will be; nothing is left behind."""
+    parent = next(folder for folder in (near.absolute(), *near.absolute().parents) if folder.is_dir())
+    layouts = tuple(layouts)
+    with disk_full_is_said(parent), tempfile.TemporaryDirectory(prefix=".infl_cache-plan-", dir=parent) as folder:
+        create_store(Path(folder) / "trial.zarr", layouts, codec)
+        store = Store(Path(folder) / "trial.zarr", layouts, "r+")
+        block = Block(0, 0, layouts[0].n_rows)
+        started = time.perf_counter()
+        files = store.write_block(block, data)
+        written = time.perf_counter()
+        store.read_block(block)
+        read = time.perf_counter()
+    return Trial(sum(file.size for file in files), written - started, read - written, shutil.disk_usage(parent).free)
