@@ -34,7 +34,7 @@ from infl_cache.stages.opening import (
     stored_dtype,
     summary,
 )
-from infl_cache.stages.rounding import measured_rounding
+from infl_cache.stages.rounding import measured_rounding, test_gradients
 from infl_cache.stages.same import check_against_store
 from infl_cache.stages.stored import arrays_of, layouts
 from infl_cache.stages.timing import Timings
@@ -107,7 +107,9 @@ def planned(run: Opened, identity: dict[str, Any]) -> tuple[Forms, dict[str, Any
         "batch_size": min(_choose_batch(run, forms, first, row_bytes), block_rows),
     }
     if identity["dtype"] in ("bfloat16", "float16") and identity["cache"]:
-        plan["rounding"] = measured_rounding(run, forms, identity["dtype"], rows_at_once(run))
+        plan["rounding"] = measured_rounding(
+            run, forms, identity["dtype"], test_gradients(run, forms, rows_at_once(run)), rows_at_once(run)
+        )
     return forms, plan, notes
 
 

@@ -24,10 +24,12 @@ from infl_cache.disk.store import Store
 from infl_cache.errors import DamagedStore, IncompleteStore
 from infl_cache.maths import scores
 from infl_cache.maths.capture import Forms
+from infl_cache.maths.narrow import NARROW
 from infl_cache.progress import progress
-from infl_cache.stages.grads import grads, some
+from infl_cache.stages.grads import grads, rows_at_once, some
 from infl_cache.stages.opening import Opened, StageResult, summary
 from infl_cache.stages.rankings import write_rankings
+from infl_cache.stages.rounding import TEST_SAMPLES, measured_rounding
 from infl_cache.stages.same import check_against_store
 from infl_cache.stages.source import gradient_reader
 
@@ -141,6 +143,7 @@ def _tile_values(run: Opened, forms: Forms, todo: Sequence[Tile]) -> Iterator[tu
     """The influences of each tile, with the seconds it took."""
     dtype = _product_dtype(run)
     read_test, read_train = _tested_rows(run, run.folder.store("stest")), gradient_reader(run, forms, dtype)
+    _measure_rounding(run, forms, read_test)
     n_train = len(run.task.train)
     loaded: tuple[Block, scores.Queries] | None = None
     for tile in todo:
@@ -154,6 +157,18 @@ def _tile_values(run: Opened, forms: Forms, todo: Sequence[Tile]) -> Iterator[tu
             dots = scores.scores(forms, loaded[1], factors, dense, run.budget // 8)
             pieces.append(scores.influence(dots, n_train).to("cpu", torch.float32).numpy())
         yield tile, np.concatenate(pieces, axis=1), time.perf_counter() - started
+
+
+def _measure_rounding(run: Opened, forms: Forms, read_test: Callable[[Block], Tensor]) -> None:
+    """Once a run, what 16-bit gradients do to the influences of the first test samples; kept for `status`."""
+    stored = run.folder.manifest.stages["grads"]["identity"]["dtype"]
+    if stored not in NARROW or not run.options.grads.cache or "rounding" in run.folder.plan("influence"):
+        return
+    at_once = rows_at_once(run)
+    first = read_test(Block(0, 0, min(len(run.task.test), TEST_SAMPLES, at_once)))
+    finite = first[torch.isfinite(first).all(1)]
+    if len(finite):
+        run.folder.remember("influence", rounding=measured_rounding(run, forms, stored, finite, at_once))
 
 
 def _tested_rows(run: Opened, store: Store) -> Callable[[Block], Tensor]:

@@ -18,6 +18,7 @@ from infl_cache.progress import human_bytes, human_seconds
 from infl_cache.stages.buffers import BlockBuffer
 from infl_cache.stages.grads import bytes_a_number, planned
 from infl_cache.stages.opening import Opened, options_identity, stored_dtype
+from infl_cache.stages.rounding import rounding_line
 from infl_cache.stages.stored import arrays_of, layouts
 
 TRIAL_BATCHES = 4
@@ -171,13 +172,5 @@ def _summary(plan: GradsPlan) -> list[str]:
         f" {human_seconds(plan.uncached_seconds)} to compute them again in each: {best}",
     ]
     if plan.rounding:
-        lines.append(f"rounding   {rounding_line(plan.rounding)}")
+        lines.append(f"rounding   {rounding_line(plan.rounding)}, with gradients in place of s_test")
     return lines + [f"note: {note}" for note in plan.notes]
-
-
-def rounding_line(rounding: dict[str, float]) -> str:
-    """The error that 16-bit storage makes in the influences, in words."""
-    return (
-        f"influences change by {rounding['relative']:.1e} (relative norm), lowest Spearman {rounding['spearman']:.6f},"
-        f" measured on {rounding['train']:.0f} x {rounding['test']:.0f} pairs"
-    )

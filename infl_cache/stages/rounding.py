@@ -1,6 +1,8 @@
-"""What 16-bit storage does to the influence values themselves, measured before anything is written."""
+"""What 16-bit storage does to the influence values themselves: estimated by stage 1, measured by stage 3."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,15 +18,11 @@ from infl_cache.stages.stored import rounded
 TRAIN_SAMPLES, TEST_SAMPLES = 256, 8
 
 
-def measured_rounding(run: Opened, forms: Forms, dtype: str, at_once: int) -> dict[str, float | int]:
-    """Influences of some training samples on some test samples, exact and from rounded gradients, compared.
-
-    The gradients of the test samples stand in for their s_test, which stage 2 has yet to compute.
-    """
+def measured_rounding(run: Opened, forms: Forms, dtype: str, queries: Tensor, at_once: int) -> dict[str, float | int]:
+    """Influences of some training samples on `queries` (M, n_params), from exact and from rounded gradients."""
     wide = next(run.task.model.parameters()).dtype
-    tests = spread(len(run.task.test), min(TEST_SAMPLES, at_once))
     chosen = spread(len(run.task.train), TRAIN_SAMPLES)
-    asked = scores.queries(forms, torch.cat([_row(run, forms, index) for index in tests]).to(wide))
+    asked = scores.queries(forms, queries.to(wide))
     exact, kept = [], []
     for group in groups_of(0, len(chosen), max(1, at_once)):
         captured = capture(run.task, forms, probe_batch(run.task, chosen[group.start : group.stop], run.device))
@@ -32,7 +30,20 @@ def measured_rounding(run: Opened, forms: Forms, dtype: str, at_once: int) -> di
         factors, dense = rounded(forms, captured, dtype, wide)
         kept.append(scores.scores(forms, asked, factors, dense, run.budget // 8))
     found = agreement(torch.cat(exact, 1).double(), torch.cat(kept, 1).double())
-    return {**found, "train": len(chosen), "test": len(tests)}
+    return {**found, "train": len(chosen), "test": len(queries)}
+
+
+def test_gradients(run: Opened, forms: Forms, at_once: int) -> Tensor:
+    """Gradients of some test samples (M, n_params): they stand in for their s_test until stage 2 has computed it."""
+    return torch.cat([_row(run, forms, index) for index in spread(len(run.task.test), min(TEST_SAMPLES, at_once))])
+
+
+def rounding_line(rounding: Mapping[str, float]) -> str:
+    """The error that 16-bit storage makes in the influences, in words."""
+    return (
+        f"influences change by {rounding['relative']:.1e} (relative norm), lowest Spearman {rounding['spearman']:.6f},"
+        f" measured on {rounding['train']:.0f} x {rounding['test']:.0f} pairs"
+    )
 
 
 def _row(run: Opened, forms: Forms, index: int) -> Tensor:

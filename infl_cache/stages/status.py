@@ -12,7 +12,7 @@ from infl_cache.disk.ledger import array_bytes
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput
 from infl_cache.progress import human_bytes, human_seconds
-from infl_cache.stages.plan import rounding_line
+from infl_cache.stages.rounding import rounding_line
 
 ORDER = ("grads", "stest", "influence")
 
@@ -86,6 +86,8 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
         details["last commit"] = f"{human_seconds(max(0.0, time.time() - last))} ago"
     if stage == "grads":
         details.update(_grads_details(folder, array_bytes(records.values()), rows_done))
+    if stage == "influence" and "rounding" in folder.plan("influence"):
+        details["rounding"] = rounding_line(folder.plan("influence")["rounding"])
     if stage == "stest" and records:
         details.update(_stest_details(folder, sorted(records)))
     return StageStatus(
@@ -106,7 +108,9 @@ def _grads_details(folder: RunFolder, n_bytes: int, rows_done: int) -> dict[str,
     if not identity["cache"]:
         return {**details, "gradients": "not kept, computed again by stage 3 (--no-cache)"}
     if "rounding" in folder.plan("grads"):
-        details["rounding"] = f"{identity['dtype']}: {rounding_line(folder.plan('grads')['rounding'])}"
+        details["rounding"] = (
+            f"{identity['dtype']}: {rounding_line(folder.plan('grads')['rounding'])}, with gradients in place of s_test"
+        )
     if n_bytes and n_params:
         plain = 4 * n_params * rows_done
         details["size"] = f"{plain / n_bytes:,.1f} times smaller than plain float32 rows ({human_bytes(plain)})"
