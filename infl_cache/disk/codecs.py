@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import google_crc32c
+import numpy as np
+from numcodecs.blosc import Blosc
+from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 CRC_BYTES = 4
@@ -19,13 +23,37 @@ class Codec:
     def pipeline(self, itemsize: int) -> list[BloscCodec | Crc32cCodec]:
         """The zarr codecs that turn one chunk's bytes into the file's bytes.
 
-        Byte shuffle groups the exponents of neighbouring numbers; the checksum comes last
+        Shuffling groups the exponents of neighbouring numbers; the checksum comes last
         because a truncated Blosc buffer crashes the interpreter before any later check could speak.
         """
         if self.name == "none":
             return [Crc32cCodec()]
-        blosc = BloscCodec(cname=self.name, clevel=self.level, shuffle="shuffle", typesize=itemsize)  # type: ignore[arg-type]
+        blosc = BloscCodec(cname=self.name, clevel=self.level, shuffle=self.shuffle, typesize=itemsize)  # type: ignore[arg-type]
         return [blosc, Crc32cCodec()]
+
+    @property
+    def shuffle(self) -> str:
+        """How Blosc arranges the bytes first.
+
+        Bit by bit for lz4: on factors and rows of five networks that was two to three times faster than byte by
+        byte and compressed as well or better; zstd does better byte by byte.
+        """
+        return "bitshuffle" if self.name == "lz4" else "shuffle"
+
+    def encode(self, chunk: NDArray[np.generic]) -> tuple[bytes, bytes]:
+        """The bytes that `pipeline` makes of a whole chunk, and the four bytes of their checksum that follow them.
+
+        Byte for byte what zarr writes (a test compares them), without the copies that zarr makes on the way. Called
+        outside the main thread Blosc uses one thread, and its bytes do not depend on chance.
+        """
+        plain = np.ascontiguousarray(chunk)
+        if self.name == "none":
+            body = plain.tobytes()
+        else:
+            how = Blosc.BITSHUFFLE if self.shuffle == "bitshuffle" else Blosc.SHUFFLE
+            blosc = Blosc(self.name, self.level, how, typesize=plain.dtype.itemsize)
+            body = bytes(blosc.encode(plain))
+        return body, google_crc32c.value(body).to_bytes(CRC_BYTES, "little")
 
 
 def stored_checksum(tail: bytes) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import google_crc32c
 
+from infl_cache.disk.direct import write_durably
 from infl_cache.errors import DiskFull
 
 
@@ -39,12 +40,7 @@ def make_folders(folder: Path) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data`: after a crash or power cut it holds either the old or the new content."""
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_durably(path, data)
     sync_file(path.parent)
 
 

@@ -107,9 +107,24 @@ def chunk_keys(layout: ArrayLayout, block: Block) -> list[str]:
     >>> chunk_keys(array_layout("x", 10, (3,), "float32", 4), Block(1, 4, 8))
     ['c.1.0']
     """
+    return list(chunk_parts(layout, block))
+
+
+def chunk_parts(layout: ArrayLayout, block: Block) -> dict[str, tuple[slice, ...]]:
+    """Of each chunk file of `block`, by name: which part of the block's rows and columns it holds.
+
+    >>> chunk_parts(array_layout("x", 10, (3,), "float32", 4), Block(1, 4, 8))
+    {'c.1.0': (slice(0, 4, None), slice(0, 3, None))}
+    """
     rows = range(block.start // layout.chunk_rows, -(-block.stop // layout.chunk_rows))
     columns = [range(-(-size // chunk)) for size, chunk in zip(layout.row_shape, layout.chunk_row_shape, strict=True)]
-    return ["c." + ".".join(map(str, index)) for index in itertools.product(rows, *columns)]
+    parts = {}
+    for index in itertools.product(rows, *columns):
+        starts = [number * length for number, length in zip(index, layout.chunks, strict=True)]
+        stops = [min(s + length, end) for s, length, end in zip(starts, layout.chunks, layout.shape, strict=True)]
+        within = slice(max(0, starts[0] - block.start), min(stops[0], block.stop) - block.start)
+        parts["c." + ".".join(map(str, index))] = (within, *map(slice, starts[1:], stops[1:]))
+    return parts
 
 
 def rows_by_block(rows: list[int], block_rows: int) -> dict[int, list[int]]:

@@ -132,7 +132,8 @@ class RunFolder:
         files = create_store(self.path / OUTPUTS[stage][0], layouts, codec)
         arrays = [dataclasses.asdict(layout) for layout in layouts]
         metadata = [dataclasses.asdict(file) for file in files]
-        self._enter(stage, task, identity, {**plan, "arrays": arrays, "metadata": metadata})
+        entry = {**plan, "arrays": arrays, "metadata": metadata, "codec": dataclasses.asdict(codec)}
+        self._enter(stage, task, identity, entry)
 
     def _drop_for(self, stage: str) -> None:
         """Remove what the claim on `stage` said will be made anew."""
@@ -155,7 +156,7 @@ class RunFolder:
         plan = self.plan(stage)
         for each in plan["metadata"]:
             self._check_file(FileRecord(**each), record_of_file)
-        return Store(self.path / OUTPUTS[stage][0], self.array_layouts(stage), mode)
+        return Store(self.path / OUTPUTS[stage][0], self.array_layouts(stage), mode, Codec(**plan["codec"]))
 
     def array_layouts(self, stage: str) -> tuple[ArrayLayout, ...]:
         """The arrays of the stage's store as they were laid out."""

@@ -31,7 +31,7 @@ def try_store(near: Path, layouts: Iterable[ArrayLayout], codec: Codec, data: Ma
     layouts = tuple(layouts)
     with disk_full_is_said(parent), tempfile.TemporaryDirectory(prefix=".infl_cache-plan-", dir=parent) as folder:
         create_store(Path(folder) / "trial.zarr", layouts, codec)
-        store = Store(Path(folder) / "trial.zarr", layouts, "r+")
+        store = Store(Path(folder) / "trial.zarr", layouts, "r+", codec)
         block = Block(0, 0, layouts[0].n_rows)
         started = time.perf_counter()
         files = store.write_block(block, data)
