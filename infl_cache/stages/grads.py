@@ -6,6 +6,7 @@ used again and again (`buffers`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ from infl_cache.stages.stored import arrays_of, layouts
 from infl_cache.stages.timing import Timings
 
 CHECKED_SAMPLES = 32
-MAX_BATCH = 256
+MAX_BATCH = 1024
+SMALLEST_CPU_BATCH = 16
+CPU_ACTIVATIONS = 32 * 2**20
 MAX_VMAP_BATCH = 32
 # A row that is rebuilt exists as pieces, as their concatenation, and in what vmap or autograd holds besides.
 ROW_COPIES = 4
@@ -119,11 +122,16 @@ def bytes_a_number(dtype: str) -> int:
 
 
 def _choose_batch(run: Opened, forms: Forms, first: Batch, row_bytes: int) -> int:
-    """Samples in one pass: what a quarter of the budget holds of activations and gradients."""
+    """Samples in one pass: what a quarter of the budget holds of activations and gradients, on a CPU what caches like.
+
+    The faster batch sizes of five networks on a CPU (from an MLP to ResNet-18) all had activations of 8 to 64 MB.
+    """
     kept = activation_bytes(run.task, run.parameters, probe_batch(run.task, first.indices[:8], run.device))
     sizes = dict(zip(run.parameters.names, run.parameters.sizes, strict=True))
     sample = 4 * kept + 4 * row_bytes + 12 * sum(sizes[name] for name in forms.mapped)
     most = MAX_VMAP_BATCH if forms.mapped else MAX_BATCH
+    if run.device.type == "cpu":
+        most = min(most, max(SMALLEST_CPU_BATCH, 2 ** int(math.log2(CPU_ACTIVATIONS / kept))))
     return max(1, min(most, run.budget // 4 // sample))
 
 

@@ -23,7 +23,7 @@ from infl_cache.maths.solvers import Solution, make_solver
 from infl_cache.maths.solvers.exact import COLUMNS
 from infl_cache.maths.task import losses_of
 from infl_cache.progress import Bar, progress
-from infl_cache.stages.grads import CHECKED_SAMPLES, MAX_BATCH, rows_at_once, some
+from infl_cache.stages.grads import CHECKED_SAMPLES, rows_at_once, some
 from infl_cache.stages.opening import (
     Opened,
     StageResult,
@@ -42,7 +42,7 @@ VECTORS_A_SIDE = 12
 # Beyond this the host is thought to spend its time on fresh pages: seen in single, noisy timings of products with a
 # small CNN, not yet in a benchmark of the whole stage.
 HOST_WORKING_SET = 64 * 2**20
-SMALLEST_BATCH = 8
+SMALLEST_BATCH, MAX_BATCH = 8, 256
 
 
 def stest(run: Opened, force: Force = False) -> StageResult:

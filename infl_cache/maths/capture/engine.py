@@ -45,15 +45,16 @@ def capture(task: Task, forms: Forms, batch: Batch, measure: bool = False) -> Ca
     """
     size = len(batch.indices)
     device = next(task.model.parameters()).device
-    watched = [layer.module for layer in forms.layers] + [unit.module for unit in forms.alone]
+    watched = [layer.module for layer in forms.layers if not layer.within] + [unit.module for unit in forms.alone]
+    attention = tuple({layer.within for layer in forms.layers if layer.within})
     pieces: dict[str, Tensor] = {}
     common = {layer.module: len(layer.grad_shape) - 1 for layer in forms.layers if layer.axes[1] < 0}
     with (
-        recording(task.model, list(dict.fromkeys(watched)), device, forms.spread, size, common) as tape,
+        recording(task.model, list(dict.fromkeys(watched)), device, forms.spread, size, common, attention) as tape,
         torch.enable_grad(),
     ):
         outputs, losses = losses_of(task, batch, measure)
-        if (watched or forms.spread) and losses.requires_grad:
+        if (watched or attention or forms.spread) and losses.requires_grad:
             with blaming("backward of the loss"):
                 copies = tape.backward(losses.sum())
             pieces = {name: grad.reshape(size, *forms.parameters.shape_of(name)) for name, grad in copies.items()}
@@ -106,7 +107,7 @@ def _add(pieces: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 
 
 def _factors_of_call(task: Task, layer: Layer, call: Call, size: int) -> tuple[Tensor, Tensor]:
-    rule, module = RULES[layer.rule], task.model.get_submodule(layer.module)
+    rule, module = RULES[layer.rule], task.model.get_submodule(layer.within or layer.module)
     into, out = rule.events(module, call)
     grad = by_position(call.grad(next(task.model.parameters())), size, max(0, layer.axes[1]), out)
     inputs = rule.prepare(module, call.input) if "weight" in layer.parameters else call.input

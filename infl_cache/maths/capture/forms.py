@@ -20,7 +20,8 @@ class Layer:
     the store, `module` its path in the model, `parameters` maps the chosen ones of its parameters (`weight`,
     `bias`) to their names in the model; a parameter of several layers is the sum over them. `settings` is what the
     rule needs to multiply out (strides, say), `axes` are the batch axes of the module's own input and output
-    (-1 where one call serves all samples), `input_key` names the layer whose stored input this one shares.
+    (-1 where one call serves all samples), `input_key` names the layer whose stored input this one shares,
+    `within` the attention module that this layer is a projection of.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Layer:
     axes: tuple[int, int] = (0, 0)
     input_key: str = ""
     indices: bool = False
+    within: str = ""
 
     @property
     def input_from(self) -> str:

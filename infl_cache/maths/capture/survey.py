@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from infl_cache.maths.capture.attention import Place, has_projections, place_of
 from infl_cache.maths.capture.engine import by_position
 from infl_cache.maths.capture.forms import Alone, Layer, Spread
-from infl_cache.maths.capture.rules import Rule, rule_for
+from infl_cache.maths.capture.rules import RULES, Rule, rule_for
 from infl_cache.maths.capture.tape import Call, once_a_sample, recording
 from infl_cache.maths.params import Parameters
 from infl_cache.maths.probe import probe_batch
@@ -79,12 +80,12 @@ def survey(task: Task, parameters: Parameters, batch: Batch, not_copied: Iterabl
     covered: set[tuple[str, str]] = set()
     for path in dict.fromkeys(path for places in owners.values() for path, _ in places):
         chosen = {own: name for name, places in owners.items() for where, own in places if where == path}
-        layer = _layer(model.get_submodule(path), path, chosen, one.get(path, []), two.get(path, []), layers)
-        if layer is not None and layer.axes[1] < 0 and not _serves_all(task, layer, batch):
+        place = place_of(model, path)
+        layer = _layer(model, path, place, chosen, one.get(place.calls, []), two.get(place.calls, []))
+        if layer is None or (layer.axes[1] < 0 and not _serves_all(task, layer, batch)):
             continue
-        if layer is not None and set(chosen) <= {"weight", "bias"}:
-            layers.append(layer)
-            covered |= {(path, own) for own in chosen}
+        layers.append(replace(layer, key=_key(place.calls, layers)))
+        covered |= {(path, own) for own in chosen if own in place.kinds}
     rest = {name: [place for place in places if place not in covered] for name, places in owners.items()}
     to_copy = {name: places for name, places in rest.items() if places and name not in not_copied}
     copied = _copied(task, to_copy, owners, one, batch)
@@ -97,16 +98,21 @@ def _calls(task: Task, indices: Sequence[int]) -> dict[str, list[Call]]:
     """Every module's calls for the given samples, in one forward pass."""
     device = next(task.model.parameters()).device
     everything = [name for name, _ in task.model.named_modules()]
-    with recording(task.model, everything, device) as tape, torch.no_grad():
+    attention = [name for name, module in task.model.named_modules() if has_projections(module)]
+    with recording(task.model, everything, device, attention=attention) as tape, torch.no_grad():
         losses_of(task, probe_batch(task, indices, device))
     return tape.calls
 
 
 def _layer(
-    module: nn.Module, path: str, chosen: dict[str, str], one: list[Call], two: list[Call], taken: list[Layer]
+    model: nn.Module, path: str, place: Place, chosen: dict[str, str], one: list[Call], two: list[Call]
 ) -> Layer | None:
     """The module as a rule sees it; None if there is no rule, or a call that the rule does not cover."""
-    rule = rule_for(module)
+    module = model.get_submodule(path)
+    rule = RULES["linear"] if place.within else rule_for(module)
+    kinds = {place.kinds[own]: name for own, name in chosen.items() if own in place.kinds}
+    if not kinds or (not place.within and set(chosen) != set(kinds)):
+        return None
     if rule is None or not one or len(one) != len(two) or not all(rule.accepts(module, call) for call in one):
         return None
     axes = {_axes_of_layer(a, b) for a, b in zip(one, two, strict=True)}
@@ -118,10 +124,10 @@ def _layer(
         return None
     pairs: list[Any] = shapes
     return Layer(
-        key=_key(path, taken), module=path, rule=rule.name, parameters=chosen,
+        key=path, module=place.calls, rule=rule.name, parameters=kinds, within=place.within,
         input_shape=(sum(a[0] for a, _ in pairs), *pairs[0][0][1:]),
         grad_shape=(sum(b[0] for _, b in pairs), *pairs[0][1][1:]),
-        gradient_size=sum(own.numel() for kind in chosen if (own := module._parameters[kind]) is not None),
+        gradient_size=sum(module._parameters[own].numel() for own in chosen if own in place.kinds),  # type: ignore[union-attr]
         settings=rule.settings(module), axes=first, indices=not one[0].input.is_floating_point(),
     )  # fmt: skip
 

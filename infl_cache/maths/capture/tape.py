@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from infl_cache.maths.capture.attention import Projections
 from infl_cache.maths.capture.forms import Spread
 
 
@@ -65,6 +66,14 @@ class Tape:
         # Off during the backward pass: activation checkpoints run parts of the model once more, as they did before.
         self.running = True
 
+    def probed(self, name: str, inputs: Tensor, output: Tensor) -> Tensor:
+        """Note a call of a layer, and see to it that the gradient of its output will be noted."""
+        call = Call((inputs,), {}, [output.shape])
+        if self.running:
+            self.calls.setdefault(name, []).append(call)
+        found: Tensor = _Probe.apply(output, self.anchor, call, 0)  # type: ignore[no-untyped-call]
+        return found
+
     def backward(self, total: Tensor) -> dict[str, Tensor]:
         """Send the gradient of a scalar through all probes; the gradients of the spread parameters' copies."""
         self.running = False
@@ -76,12 +85,13 @@ class Tape:
 @contextmanager
 def recording(
     model: nn.Module, modules: Sequence[str], device: torch.device, spread: Sequence[Spread] = (), size: int = 0,
-    common: Mapping[str, int] | None = None,
+    common: Mapping[str, int] | None = None, attention: Sequence[str] = (),
 ) -> Iterator[Tape]:  # fmt: skip
     """Watch the named modules inside, with a copy of each spread parameter for each of `size` samples.
 
     `common` modules are called once for all samples (with positions, say): their output is handed on once a
     sample, so that each copy has a gradient of its own. It maps them to how many of their last axes are one position.
+    The projections of `attention` modules are recorded under their names.
     """
     tape = Tape(torch.zeros((), device=device, requires_grad=True))
     handles = []
@@ -98,7 +108,8 @@ def recording(
                     _watching(tape, name, size, common or {}), with_kwargs=True
                 )
             )
-        yield tape
+        with Projections(model, attention, tape.probed) if attention else nullcontext():
+            yield tape
     finally:
         for handle in handles:
             handle.remove()

@@ -22,7 +22,8 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Patches of one sample beyond which the library's own kernel, sample by sample, beats one product of patches on a CPU
 # (3x3 kernels: 64 channels of 32x32 need 590,000 and are 4 times faster by it, 32 of 16x16 need 74,000 and 1.6 slower).
 MANY_PATCHES = 150_000
-PATCHES_AT_ONCE = 4_000_000
+# Patches of several samples at once that still lie in a cache when they are multiplied.
+PATCHES_AT_ONCE = 1_500_000
 
 
 class Convolution(Rule):

@@ -114,8 +114,5 @@ def _by_channel(inputs: Tensor, output_grad: Tensor) -> Tensor:
     """Sums of products over positions and places of `(B, n, C, ...)`, for each channel."""
     if inputs.dim() == 3:
         return (inputs * output_grad).sum(1)
-    size, _, channels = inputs.shape[:3]
-    places = inputs.shape[3:].numel()
-    # As many little dot products: the products themselves are never in memory.
-    a, g = (each.reshape(-1, 1, places) for each in (inputs, output_grad))
-    return torch.bmm(a, g.transpose(1, 2)).view(size, -1, channels).sum(1)
+    dots: Tensor = torch.linalg.vecdot(inputs.flatten(3), output_grad.flatten(3))
+    return dots.sum(1)
