@@ -14,6 +14,9 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 SMALLEST = 1 << 20
 PIECE = 4 << 20
 # Addresses, lengths and offsets must be multiples of the device's sector; none in use is larger.
@@ -54,19 +57,19 @@ def _opened(path: Path, extra: int) -> int:
 def _pieces(parts: Iterable[bytes]) -> Iterable[memoryview]:
     """The parts one after the other, in pieces of one length that lie in this thread's aligned buffer."""
     if not hasattr(_own, "buffer"):
-        _own.buffer = memoryview(mmap.mmap(-1, PIECE))
-    buffer: memoryview = _own.buffer
+        _own.buffer = np.frombuffer(mmap.mmap(-1, PIECE), np.uint8)
+    buffer: NDArray[np.uint8] = _own.buffer
     filled = 0
     for part in parts:
-        left = memoryview(part)
-        while left:
+        left = np.frombuffer(part, np.uint8)
+        while len(left):
             taken = min(len(left), PIECE - filled)
-            buffer[filled : filled + taken] = left[:taken]
+            np.copyto(buffer[filled : filled + taken], left[:taken])  # other threads run on meanwhile
             filled, left = filled + taken, left[taken:]
             if filled == PIECE:
-                yield buffer
+                yield buffer.data
                 filled = 0
-    yield buffer[:filled]
+    yield buffer[:filled].data
 
 
 def _write(descriptor: int, data: memoryview) -> None:

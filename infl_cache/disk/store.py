@@ -14,10 +14,11 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import zarr
@@ -32,8 +33,20 @@ from infl_cache.errors import DamagedStore
 
 Array = NDArray[np.generic]
 METADATA = "zarr.json"
-# Threads that encode and write one block: waiting for the disk in one, the others go on.
-WRITERS = max(2, min(8, os.cpu_count() or 1))
+ENCODERS = os.cpu_count() or 1
+# Waiting for the disk in one thread, the others go on.
+WRITERS = 4
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+class EncodedChunk(NamedTuple):
+    """One chunk file: array, file name, content and the checksum that ends it."""
+
+    path: str
+    key: str
+    body: bytes
+    checksum: bytes
 
 
 class Store:
@@ -43,9 +56,10 @@ class Store:
         self, folder: Path, layouts: Iterable[ArrayLayout], mode: str = "r", codec: Codec | None = None
     ) -> None:
         self.folder = folder
-        self._codec = codec or Codec("lz4", 5)
+        if mode == "r+" and codec is None:
+            raise ValueError("expected the codec that the store was made with, to write into it")
+        self._codec = codec
         self._lock = threading.Lock()
-        self._writable = mode == "r+"
         self.layouts = {layout.path: layout for layout in layouts}
         group = zarr.open_group(folder, mode="r+" if mode == "r+" else "r", zarr_format=3)
         # Where writing spends its time, summed over threads; "write" includes the sync of each file.
@@ -60,7 +74,11 @@ class Store:
 
     def write_block(self, block: Block, data: Mapping[str, Array]) -> tuple[FileRecord, ...]:
         """Write the rows of `block` into every array; return once files and their names are on the disk."""
-        if not self._writable:
+        return self.write_encoded(self.encode_block(block, data))
+
+    def encode_block(self, block: Block, data: Mapping[str, Array]) -> list[EncodedChunk]:
+        """The chunk files of `block`, in memory: what keeps processors busy, by all of them. `data` may then go."""
+        if self._codec is None:
             raise ValueError(f"{self.folder} was opened read-only")
         for path, layout in self.layouts.items():
             if data[path].shape != (block.rows, *layout.row_shape):
@@ -70,38 +88,49 @@ class Store:
             for path, layout in self.layouts.items()
             for key, part in chunk_parts(layout, block).items()
         ]
-        # Threads of their own also when there is one chunk: outside the main thread Blosc is deterministic.
-        with ThreadPoolExecutor(min(len(parts), WRITERS)) as pool:
-            records = tuple(pool.map(self._write_chunk, parts))
-        started = time.perf_counter()
-        sync_folders({self.folder / path for path in self.layouts})
-        self._count("sync", started)
-        return records
+        # The largest first: no thread is left alone with it at the end.
+        order = sorted(range(len(parts)), key=lambda index: -parts[index][2].nbytes)
+        found = dict(
+            zip(order, self._each_in_a_thread(self._encoded, [parts[i] for i in order], ENCODERS), strict=True)
+        )
+        return [found[index] for index in range(len(parts))]
 
-    def _write_chunk(self, part: tuple[str, str, Array]) -> FileRecord:
-        """Encode and write one chunk file; return once its content is on the disk (its name not yet)."""
+    def write_encoded(self, chunks: Iterable[EncodedChunk]) -> tuple[FileRecord, ...]:
+        """Write a block's chunk files: what waits for the disk. Returns once files and their names are on it."""
+        records = self._each_in_a_thread(self._written, tuple(chunks), WRITERS)
+        with self._timed("sync"):
+            sync_folders({self.folder / path for path in self.layouts})
+        return tuple(records)
+
+    def _each_in_a_thread(self, work: Callable[[S], T], items: Sequence[S], most: int) -> list[T]:
+        # Threads of their own also for a single item: outside the main thread Blosc is deterministic.
+        with ThreadPoolExecutor(max(1, min(len(items), most))) as pool:
+            return list(pool.map(work, items))
+
+    def _encoded(self, part: tuple[str, str, Array]) -> EncodedChunk:
         path, key, values = part
-        layout, file = self.layouts[path], self.folder / path / key
-        started = time.perf_counter()
-        if values.shape != layout.chunks:
-            whole = np.full(layout.chunks, _fill_value(layout), layout.dtype)
-            whole[tuple(map(slice, values.shape))] = values
-            values = whole
-        if values.dtype != np.dtype(layout.dtype):
-            values = values.astype(layout.dtype)
-        body, checksum = self._codec.encode(values)
-        started = self._count("encode", started)
-        write_durably(file, body, checksum)
-        self._count("write", started)
-        size = len(body) + len(checksum)
-        return FileRecord(file.relative_to(self.folder.parent).as_posix(), size, stored_checksum(checksum))
+        layout = self.layouts[path]
+        assert self._codec is not None
+        with self._timed("encode"):
+            if values.shape != layout.chunks:
+                whole = np.full(layout.chunks, _fill_value(layout), layout.dtype)
+                whole[tuple(map(slice, values.shape))] = values
+                values = whole
+            return EncodedChunk(path, key, *self._codec.encode(values.astype(layout.dtype, copy=False)))
 
-    def _count(self, name: str, started: float) -> float:
-        """Add the seconds since `started`; return the time now."""
-        now = time.perf_counter()
+    def _written(self, chunk: EncodedChunk) -> FileRecord:
+        file = self.folder / chunk.path / chunk.key
+        with self._timed("write"):
+            write_durably(file, chunk.body, chunk.checksum)
+        size = len(chunk.body) + len(chunk.checksum)
+        return FileRecord(file.relative_to(self.folder.parent).as_posix(), size, stored_checksum(chunk.checksum))
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
         with self._lock:
-            self.seconds[name] += now - started
-        return now
+            self.seconds[name] += time.perf_counter() - started
 
     def read_block(self, block: Block, paths: Iterable[str] | None = None) -> dict[str, Array]:
         """The rows of `block` of the named arrays (all by default); the codec checks every byte.

@@ -26,7 +26,8 @@ from infl_cache.maths import scores
 from infl_cache.maths.capture import Forms
 from infl_cache.maths.narrow import NARROW
 from infl_cache.progress import progress
-from infl_cache.stages.grads import grads, rows_at_once, some
+from infl_cache.stages.blocks import some
+from infl_cache.stages.grads import grads, rows_at_once
 from infl_cache.stages.opening import Opened, StageResult, summary
 from infl_cache.stages.rankings import write_rankings
 from infl_cache.stages.rounding import TEST_SAMPLES, measured_rounding

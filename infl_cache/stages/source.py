@@ -12,7 +12,7 @@ from infl_cache.disk.layout import Block
 from infl_cache.errors import ForeignRun, IncompleteStore
 from infl_cache.maths.capture import Factors, Forms, capture
 from infl_cache.maths.samples import batches, groups_of
-from infl_cache.stages.grads import some
+from infl_cache.stages.blocks import some
 from infl_cache.stages.opening import Opened
 from infl_cache.stages.stored import stored_gradients
 

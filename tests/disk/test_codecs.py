@@ -15,7 +15,7 @@ CODECS = [Codec("lz4", 5), Codec("zstd", 1), Codec("zstd", 9), Codec("none", 5)]
 def written(folder, codec, values):
     layouts = [ArrayLayout("x", len(values), values.shape[1:], values.dtype.name, len(values), values.shape[1:])]
     create_store(folder, layouts, codec)
-    Store(folder, layouts, "r+").write_block(Block(0, 0, len(values)), {"x": values})
+    Store(folder, layouts, "r+", codec).write_block(Block(0, 0, len(values)), {"x": values})
     return folder / "x" / ("c" + ".0" * values.ndim)
 
 
@@ -48,3 +48,17 @@ def test_gradients_of_dead_units_and_like_numbers_get_much_smaller(tmp_path, nam
 
 def test_codecs_of_one_name_and_level_are_equal():
     assert Codec("lz4", 5) == Codec("lz4", 5) != Codec("lz4", 6)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "uint16", "int32", "uint64"])
+@pytest.mark.parametrize("rows", [6, 8])
+def test_a_chunk_file_holds_the_very_bytes_that_zarr_would_write(tmp_path, codec, dtype, rows):
+    values = np.random.default_rng(1).integers(0, 50, (rows, 33)).astype(dtype)
+    layouts = [ArrayLayout("x", rows, (33,), dtype, 8, (20,))]
+    for name in ("ours", "zarr"):
+        create_store(tmp_path / name, layouts, codec)
+    Store(tmp_path / "ours", layouts, "r+", codec).write_block(Block(0, 0, rows), {"x": values})
+    zarr.open_group(tmp_path / "zarr", mode="r+")["x"][:] = values
+    for key in ("c.0.0", "c.0.1"):
+        assert (tmp_path / "ours" / "x" / key).read_bytes() == (tmp_path / "zarr" / "x" / key).read_bytes()

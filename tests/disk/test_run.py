@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 import pytest
-import zarr
 
 from infl_cache.config import Options, read_config_file
 from infl_cache.disk.layout import ArrayLayout, Block, chunk_keys
@@ -533,10 +532,6 @@ def no_space(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-async def no_space_in_zarr(*_, **__):
-    no_space()
-
-
 def limit_the_ledger(folder):
     """SQLite's own "database or disk is full"."""
     connection = folder._ledger._connection
@@ -551,7 +546,7 @@ def test_a_full_disk_is_said_and_keeps_what_was_committed_and_is_carried_on(tmp_
     def go_on():
         with folder.writing(), monkeypatch.context() as patch:
             if place == "chunk":
-                patch.setattr(zarr.storage.LocalStore, "set", no_space_in_zarr)
+                patch.setattr(os, "write", no_space)
             if place == "fsync":
                 patch.setattr(os, "fsync", no_space)
             if place == "ledger":

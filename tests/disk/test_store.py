@@ -55,7 +55,7 @@ def test_what_is_written_block_by_block_is_read_back_bit_by_bit(
     values = random_values(dtype, (n_rows, *row_shape))
     folder = tmp_path_factory.getbasetemp() / "round_trip"
     create_store(folder, layouts, codec)
-    store = Store(folder, layouts, "r+")
+    store = Store(folder, layouts, "r+", codec)
     cut = blocks(n_rows, block_rows)
     for block in reversed(cut):
         records = store.write_block(block, {"x": values[block.start : block.stop]})
@@ -70,7 +70,7 @@ def test_what_is_written_block_by_block_is_read_back_bit_by_bit(
 @pytest.fixture
 def store(tmp_path, sample):
     create_store(tmp_path / "grad_z.zarr", sample.layouts, sample.codec)
-    return Store(tmp_path / "grad_z.zarr", sample.layouts, "r+")
+    return Store(tmp_path / "grad_z.zarr", sample.layouts, "r+", sample.codec)
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_blocks_of_one_value_leave_their_files_also_after_opening_again(tmp_path
     ]
     create_store(tmp_path / "s", layouts, LZ4)
     for block in blocks(8, 4):
-        store = Store(tmp_path / "s", layouts, "r+")
+        store = Store(tmp_path / "s", layouts, "r+", LZ4)
         data = {
             "floats": np.full((4, 3), value, np.float32),
             "ints": np.zeros((4, 3), np.int64),
@@ -238,7 +238,7 @@ def test_truncated_and_flipped_chunks_are_errors_and_never_crash_the_interpreter
     values = random_values(dtype, (8, 50)).copy()
     values[:, ::2] = 0
     for block in blocks(8, 4):
-        Store(tmp_path / "s", layouts, "r+").write_block(block, {"x": values[block.start : block.stop]})
+        Store(tmp_path / "s", layouts, "r+", codec).write_block(block, {"x": values[block.start : block.stop]})
     child = start_child(READ_DAMAGED, tmp_path / "s", 4, 8, dtype)
     told = [json.loads(line) for line in child.communicate(timeout=60)[0].splitlines()]
     assert child.returncode == 0, f"the interpreter died after {told[-1:]}"

@@ -4,7 +4,7 @@ import torch
 
 from infl_cache import BadInput, DamagedStore, ForeignRun, Run, Task
 from infl_cache.maths.capture import capture
-from infl_cache.stages import grads as stage
+from infl_cache.stages import blocks as stage
 from tests import tasks
 from tests.tasks import TASKS, Samples, classified, normal
 from tests.twins import gradient_rows

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from infl_cache.errors import BadInput
 from infl_cache.maths.capture.cost import asked_forms, choose_factored
-from infl_cache.maths.capture.engine import capture, rows_of
+from infl_cache.maths.capture.engine import capture, gradients_of
 from infl_cache.maths.capture.forms import Forms
 from infl_cache.maths.capture.rules import RULES
 from infl_cache.maths.capture.survey import Found, survey
-from infl_cache.maths.params import Parameters, unflatten
+from infl_cache.maths.params import Parameters
 from infl_cache.maths.probe import probe_batch
 from infl_cache.maths.samples import Batch
 from infl_cache.maths.task import Task, reference_gradient
@@ -222,7 +222,7 @@ def _disagreeing(task: Task, forms: Forms, groups: Sequence[Sequence[int]]) -> s
 def _plain(task: Task, forms: Forms, batch: Batch) -> dict[str, Tensor]:
     """A batch's captured gradients, parameter by parameter."""
     captured = capture(task, forms, batch)
-    return unflatten(forms.parameters, rows_of(forms, captured.factors, captured.dense))
+    return gradients_of(forms, captured.factors, captured.dense)
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

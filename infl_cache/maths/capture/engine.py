@@ -77,11 +77,16 @@ def capture(task: Task, forms: Forms, batch: Batch, measure: bool = False) -> Ca
 
 def rows_of(forms: Forms, factors: Factors, dense: Tensor) -> Tensor:
     """Plain gradient rows `(B, n_params)`, rebuilt from factors and dense columns."""
-    sizes = [forms.parameters.sizes[forms.parameters.names.index(name)] for name in forms.dense]
-    pieces = dict(zip(forms.dense, torch.split(dense, sizes, 1) if sizes else (), strict=True))
+    return flatten(forms.parameters, gradients_of(forms, factors, dense), leading=1)
+
+
+def gradients_of(forms: Forms, factors: Factors, dense: Tensor) -> dict[str, Tensor]:
+    """Gradients `(B, *shape)` of every parameter, rebuilt from factors and dense columns."""
+    columns = Parameters(forms.dense, tuple(forms.parameters.shape_of(name) for name in forms.dense))
+    pieces = unflatten(columns, dense) if forms.dense else {}
     for layer in forms.factored:
-        _add(pieces, {name: each.flatten(1) for name, each in multiplied_out(layer, *factors[layer.key]).items()})
-    return torch.cat([pieces[name] for name in forms.parameters.names], dim=1)
+        _add(pieces, multiplied_out(layer, *factors[layer.key]))
+    return pieces
 
 
 def multiplied_out(layer: Layer, inputs: Tensor, output_grad: Tensor) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ def _layer(
         key=path, module=place.calls, rule=rule.name, parameters=kinds, within=place.within,
         input_shape=(sum(a[0] for a, _ in pairs), *pairs[0][0][1:]),
         grad_shape=(sum(b[0] for _, b in pairs), *pairs[0][1][1:]),
-        gradient_size=sum(module._parameters[own].numel() for own in chosen if own in place.kinds),  # type: ignore[union-attr]
+        gradient_size=sum(model.get_parameter(name).numel() for name in kinds.values()),
         settings=rule.settings(module), axes=first, indices=not one[0].input.is_floating_point(),
     )  # fmt: skip
 

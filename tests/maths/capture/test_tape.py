@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from infl_cache.maths.capture.linear import Call, factors, follows_rule, multiplied_out, recording
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from infl_cache.maths.capture.linear import Call, factors, follows_rule, multiplied_out, recording
 from tests.driving import CPU
 from tests.tasks import Twice, built, normal
 
