@@ -90,10 +90,8 @@ class Store:
         ]
         # The largest first: no thread is left alone with it at the end.
         order = sorted(range(len(parts)), key=lambda index: -parts[index][2].nbytes)
-        found = dict(
-            zip(order, self._each_in_a_thread(self._encoded, [parts[i] for i in order], ENCODERS), strict=True)
-        )
-        return [found[index] for index in range(len(parts))]
+        encoded = self._each_in_a_thread(self._encoded, [parts[index] for index in order], ENCODERS)
+        return [chunk for _, chunk in sorted(zip(order, encoded, strict=True))]
 
     def write_encoded(self, chunks: Iterable[EncodedChunk]) -> tuple[FileRecord, ...]:
         """Write a block's chunk files: what waits for the disk. Returns once files and their names are on it."""

@@ -82,12 +82,10 @@ def test_short_writes_are_carried_on(tmp_path, monkeypatch):
 
 def test_threads_write_side_by_side_each_from_its_own_buffer(tmp_path):
     bodies = [content(SMALLEST + 1000 * number) for number in range(6)]
-    threads = [
-        threading.Thread(target=write_durably, args=(tmp_path / str(number), body))
-        for number, body in enumerate(bodies)
-    ]
+    files = [tmp_path / str(number) for number in range(6)]
+    threads = [threading.Thread(target=write_durably, args=pair) for pair in zip(files, bodies, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [(tmp_path / str(number)).read_bytes() == body for number, body in enumerate(bodies)] == [True] * 6
+    assert [file.read_bytes() == body for file, body in zip(files, bodies, strict=True)] == [True] * 6

@@ -51,11 +51,16 @@ def test_an_error_comes_out_of_a_following_put_and_ends_the_work():
         done.append(item)
 
     put = []
-    with pytest.raises(OSError, match="went away"), Behind(work) as behind:
-        for number in range(1000):
-            behind.put(number)
-            put.append(number)
-            time.sleep(0.001)
+
+    def loop():
+        with Behind(work) as behind:
+            for number in range(1000):
+                behind.put(number)
+                put.append(number)
+                time.sleep(0.001)
+
+    with pytest.raises(OSError, match="went away"):
+        loop()
     assert done == [0, 1]
     assert len(put) < 20
     assert threading.active_count() == len(threading.enumerate())
@@ -72,10 +77,15 @@ def test_an_error_of_the_last_item_comes_out_on_leaving():
 
 def test_leaving_by_an_exception_finishes_what_was_put_and_ends_the_thread():
     done = []
-    with pytest.raises(KeyboardInterrupt), Behind(lambda item: (time.sleep(0.01), done.append(item)), 5) as behind:
-        for number in range(4):
-            behind.put(number)
-        raise KeyboardInterrupt
+
+    def stopped():
+        with Behind(lambda item: (time.sleep(0.01), done.append(item)), 5) as behind:
+            for number in range(4):
+                behind.put(number)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     assert done == [0, 1, 2, 3]
     assert not any(thread.name == "infl_cache-writer" for thread in threading.enumerate())
 
@@ -87,9 +97,13 @@ def test_a_blocked_put_is_released_when_the_work_fails():
         go.wait(5)
         raise RuntimeError("broken")
 
+    def loop():
+        with Behind(work) as behind:
+            threading.Timer(0.2, go.set).start()
+            for number in range(5):
+                behind.put(number)
+
     started = time.perf_counter()
-    with pytest.raises(RuntimeError, match="broken"), Behind(work) as behind:
-        threading.Timer(0.2, go.set).start()
-        for number in range(5):
-            behind.put(number)
+    with pytest.raises(RuntimeError, match="broken"):
+        loop()
     assert time.perf_counter() - started < 3
