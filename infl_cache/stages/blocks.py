@@ -111,8 +111,7 @@ def _filled_blocks(run: Opened, forms: Forms, todo: Sequence[Block], timings: Ti
 def _captured(run: Opened, forms: Forms, todo: Sequence[Block], timings: Timings) -> Iterator[tuple[Batch, Captured]]:
     """Every micro-batch of the given blocks and its gradients; out of memory, it goes on with half the batch."""
     size = run.options.resources.batch_size or run.folder.plan("grads")["batch_size"]
-    if forms.mapped and forms.engine == "loop":
-        size = 1
+    size = forms.at_once(size)
     left = [range(block.start, block.stop) for block in todo]
     while left:
         groups = [group for rows in left for group in groups_of(rows.start, rows.stop, size)]

@@ -83,7 +83,7 @@ def plan_grads(run: Opened) -> GradsPlan:
     dtype = stored_dtype(run.parameters, run.task, options.dtype)
     identity = options_identity(options, dtype=dtype)
     forms, plan, notes = planned(run, identity)
-    compute_rate, rows, trial = _trial(run, forms, plan["batch_size"], dtype)
+    compute_rate, rows, trial = _trial(run, forms, forms.at_once(plan["batch_size"]), dtype)
     size = run.parameters.size
     tile = max(1, run.budget // 4 // (size * 4))
     return GradsPlan(

@@ -24,7 +24,7 @@ def measured_rounding(run: Opened, forms: Forms, dtype: str, queries: Tensor, at
     chosen = spread(len(run.task.train), TRAIN_SAMPLES)
     asked = scores.queries(forms, queries.to(wide))
     exact, kept = [], []
-    for group in groups_of(0, len(chosen), max(1, at_once)):
+    for group in groups_of(0, len(chosen), forms.at_once(max(1, at_once))):
         captured = capture(run.task, forms, probe_batch(run.task, chosen[group.start : group.stop], run.device))
         exact.append(scores.scores(forms, asked, captured.factors, captured.dense, run.budget // 8))
         factors, dense = rounded(forms, captured, dtype, wide)

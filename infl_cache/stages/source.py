@@ -38,8 +38,7 @@ def _from_model(run: Opened, forms: Forms, wide: torch.dtype) -> Read:
     """Captured anew; every sample is compared with what stage 1 saw."""
     store, records = run.folder.store("grads"), run.folder.records("grads")
     size = run.options.resources.batch_size or run.folder.plan("grads")["batch_size"]
-    if forms.mapped and forms.engine == "loop":
-        size = 1
+    size = forms.at_once(size)
 
     def read(block: Block) -> tuple[Factors, Tensor]:
         run.folder.check_block(records[block.index])

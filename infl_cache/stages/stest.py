@@ -197,8 +197,7 @@ def _operator(run: Opened, sides: int) -> Curvature:
 def _right_hand_sides(run: Opened, forms: Forms, block: Block) -> tuple[Tensor, dict[str, Tensor], Any]:
     """d measure / d theta of the block's test samples (K, P), what is kept of each of them, and their digests."""
     size = min(run.options.resources.batch_size or CHECKED_SAMPLES, rows_at_once(run))
-    if forms.mapped and forms.engine == "loop":
-        size = 1
+    size = forms.at_once(size)
     rows, digests = [], []
     kept: dict[str, list[Tensor]] = {name: [] for name in ("loss", "measure", "target", "prediction")}
     for batch in batches(run.task.test, "test", run.task.collate, groups_of(block.start, block.stop, size), run.device):

@@ -123,6 +123,10 @@ class Forms:
         """Numbers a sample in the store."""
         return self.n_dense + sum(layer.factor_size for layer in self.factored)
 
+    def at_once(self, size: int) -> int:
+        """Samples that one capture may take, of `size` that are wanted: one where a loop does the work."""
+        return 1 if self.mapped and self.engine == "loop" else size
+
     def to_json(self) -> dict[str, Any]:
         """Plain data that `from_json` reads."""
         return dataclasses.asdict(self)
