@@ -51,8 +51,8 @@ check: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: ## the benchmarks
-	@echo "make bench: the benchmarks are not written yet" >&2; exit 2
+bench: $(STAMP) ## the benchmarks, beside plain PyTorch and other libraries: ARGS='--workloads W1,W3'
+	$(BIN)/python scripts/bench_grads.py --json bench.jsonl $(ARGS)
 
 clean: ## remove the environment and the demo's run, never another RUN
 	rm -rf $(VENV) *.egg-info runs/digits
