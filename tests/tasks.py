@@ -43,7 +43,7 @@ def built(make: Callable[[], nn.Module], dtype: torch.dtype, seed: int = 0) -> n
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
     """The same normal numbers in every dtype."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def labels(count: int, classes: int = 3, seed: int = 2) -> Tensor:
@@ -362,6 +362,48 @@ class Branching(nn.Module):
 def branching(dtype: torch.dtype = torch.float64, n_train: int = N_TRAIN, n_test: int = N_TEST, **changes: Any) -> Task:
     """A branch that depends on the data of one sample, by `.item()`."""
     return classified(built(Branching, dtype), normal(n_train + n_test, 5, dtype=dtype), n_train, **changes)
+
+
+class Around(nn.Module):
+    """One layer on each entry of axis 1 of its input, with the batch first, second, or folded with the positions."""
+
+    def __init__(self, layer: nn.Module, way: str = "first", inplace: bool = False) -> None:
+        super().__init__()
+        self.layer, self.way, self.inplace = layer, way, inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [self.once(part) / (1 + place) for place, part in enumerate(x.unbind(1))]
+        return torch.stack(found, 1)
+
+    def once(self, x: Tensor) -> Tensor:
+        given = x.transpose(0, 1) if self.way == "second" else x.flatten(0, 1) if self.way == "folded" else x
+        out: Tensor = self.layer(given)
+        if self.inplace:
+            out = out.sigmoid_()
+        return out.transpose(0, 1) if self.way == "second" else out.unflatten(0, x.shape[:2]) if (
+            self.way == "folded"
+        ) else out  # fmt: skip
+
+
+def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A smooth number of each sample in which every output counts differently; a sample of zero weights has none."""
+    return (torch.tanh(outputs) * targets).flatten(1).sum(1)
+
+
+def squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Another one, which does not look at the weights."""
+    return (outputs.square() * (1 + outputs.sigmoid())).flatten(1).sum(1)
+
+
+def around(layer: nn.Module, inputs: Tensor, way: str = "first", inplace: bool = False, **changes: Any) -> Task:
+    """A task whose model is one layer; its inputs `(n, calls, ...)`, and the second sample's loss ignores it."""
+    model = Around(layer, way, inplace).eval()
+    with torch.no_grad():
+        shape = model(inputs).shape
+    weights = normal(*shape, seed=12)
+    weights[1:2] = 0
+    data = TensorDataset(inputs, weights)
+    return Task(**{"model": model, "train": data, "test": data, "loss": weighted, "measure": squared, **changes})
 
 
 MakeTask = Callable[..., Task]

@@ -92,9 +92,8 @@ def test_make_alone_prints_help_and_lists_every_target():
 
 
 def test_make_bench_runs_the_script_that_is_there():
-    done = subprocess.run(
-        ["make", "-n", "bench", "STAMP=Makefile"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    words = ["make", "-n", "bench", "STAMP=Makefile"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     script = re.search(r"(scripts/\S+\.py)", done.stdout)
     assert script
     assert (ROOT / script[1]).is_file()

@@ -44,6 +44,16 @@ def gradient_rows(
     return torch.stack(rows)
 
 
+def layer_gradients(layer: nn.Module, inputs: Tensor, weighting: Tensor) -> dict[str, Tensor]:
+    """Per-sample gradients of `(layer(inputs) * weighting).sum()` for weight and bias, sample by sample."""
+    named = {name: each for name, each in layer.named_parameters() if name in ("weight", "bias")}
+    found = [
+        torch.autograd.grad((layer(inputs[i : i + 1]) * weighting[i : i + 1]).sum(), list(named.values()))
+        for i in range(len(inputs))
+    ]
+    return {name: torch.stack(each) for name, each in zip(named, zip(*found, strict=True), strict=True)}
+
+
 class _Bound(nn.Module):
     """The task's forward as a module whose parameters can be swapped."""
 

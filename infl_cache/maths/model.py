@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from infl_cache.errors import BadInput
 
@@ -34,6 +35,27 @@ def unwrapped(model: nn.Module) -> nn.Module:
             " load the full state into the plain model"
         )
     return model
+
+
+def called_at(
+    module: nn.Module, values: Mapping[str, Tensor], args: tuple[Any, ...], named: Mapping[str, Any] | None = None
+) -> Any:
+    """As `torch.func.functional_call`, which leaves the values behind in a module that is found under two names."""
+    own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    ids, given = {name: id(tensor) for name, tensor in own}, dict(values)
+    wanted = {ids[name]: value for name, value in values.items() if name in ids}
+    slots = {_slot(module, name) for name in values}
+    for name in ids:
+        if ids[name] in wanted and _slot(module, name) not in slots:
+            slots.add(_slot(module, name))
+            given[name] = wanted[ids[name]]
+    return torch.func.functional_call(module, given, args, dict(named or {}), tie_weights=False)
+
+
+def _slot(module: nn.Module, name: str) -> tuple[int, str]:
+    """Where a tensor is held: in which module object, under which name."""
+    path, _, attribute = name.rpartition(".")
+    return id(module.get_submodule(path)), attribute
 
 
 @contextmanager

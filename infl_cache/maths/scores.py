@@ -7,7 +7,6 @@ For a linear layer with S the (n_out, n_in) part of s_test that belongs to its w
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +71,8 @@ def _weight_scores(layer: Layer, weights: Tensor, inputs: Tensor, output_grad: T
     rule, count, size = RULES[layer.rule], len(weights), weights[0].numel()
     build, direct = rule.operations(layer.input_shape, layer.grad_shape, size)
     contracted = direct is not None and (direct <= size or count * direct <= build + count * size)
-    held = count * math.prod(layer.grad_shape) if contracted else 2 * size
+    to_build, to_contract = rule.held(layer.input_shape, layer.grad_shape, size)
+    held = count * to_contract if contracted else to_build
     step = max(1, budget // (held * output_grad.element_size()))
     pieces = []
     for start in range(0, len(inputs), step):

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset, default_collate
 
 from infl_cache.errors import BadInput
-from infl_cache.maths.model import by_its_own_code
+from infl_cache.maths.model import by_its_own_code, called_at
 from infl_cache.maths.params import Parameters
 from infl_cache.maths.samples import Batch
 
@@ -206,7 +206,7 @@ class _Forward(nn.Module):
 def outputs_at(task: Task, values: Mapping[str, Tensor], data: Any) -> Any:
     """The outputs for a batch with some parameters (or buffers) replaced by `values`: pure in `values`."""
     module = _Forward(task.model, task.forward)
-    return torch.func.functional_call(module, {f"model.{name}": value for name, value in values.items()}, (data,))
+    return called_at(module, {f"model.{name}": value for name, value in values.items()}, (data,))
 
 
 def values_of(model: nn.Module, parameters: Parameters) -> dict[str, Tensor]:
@@ -250,7 +250,9 @@ def reference_gradient(
             return dict.fromkeys(parameters.names)
         with blaming("backward of the loss"):
             gradients = torch.autograd.grad(losses.sum(), chosen, allow_unused=True)
-    return dict(zip(parameters.names, gradients, strict=True))
+    # Embeddings with sparse=True give sparse gradients, of the same values.
+    plain = [grad.to_dense() if grad is not None and grad.is_sparse else grad for grad in gradients]
+    return dict(zip(parameters.names, plain, strict=True))
 
 
 @contextmanager

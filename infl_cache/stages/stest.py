@@ -24,7 +24,7 @@ from infl_cache.maths.solvers.exact import COLUMNS
 from infl_cache.maths.task import losses_of
 from infl_cache.progress import Bar, progress
 from infl_cache.stages.blocks import some
-from infl_cache.stages.grads import CHECKED_SAMPLES, first_samples, rows_at_once
+from infl_cache.stages.grads import CHECKED_SAMPLES, rows_at_once
 from infl_cache.stages.opening import (
     Opened,
     StageResult,
@@ -108,7 +108,10 @@ def _begin(run: Opened, identity: dict[str, Any]) -> None:
 def _compute(run: Opened, todo: Sequence[Block], finished: int) -> list[str]:
     """Solve, write, sync and commit the given blocks one after the other; notes on rows that did not converge."""
     store = run.folder.store("stest", "r+")
-    forms, notes = decide_forms(run.task, run.parameters, first_samples(run), "dense", rows_at_once(run))
+    # What is differentiated here is the measure, of test samples: it is what the forms are proved on.
+    explained = replace(run.task, train=run.task.test, loss=run.task.measure or run.task.loss, measure=None)
+    first = probe_batch(explained, range(min(CHECKED_SAMPLES, len(run.task.test))), run.device)
+    forms, notes = decide_forms(explained, run.parameters, first, "dense", rows_at_once(run))
     with progress("stest", len(run.task.test), finished, show=run.options.resources.progress) as bar:
         products = _Products(run.check, bar)
         # The planned block, not the longest that is left: a resumed run does the same arithmetic as a calm one.

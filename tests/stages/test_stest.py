@@ -249,6 +249,29 @@ def logit(outputs, targets):
     return outputs[:, CLASS]
 
 
+class TwoWays(torch.nn.Module):
+    """Its second output uses a weight by hand, which the loss never sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = torch.nn.Linear(6, 6), torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.inner(x))
+        return {"logits": self.head(hidden), "again": hidden @ self.inner.weight}
+
+
+def test_a_measure_of_what_the_loss_does_not_see_has_its_own_gradient(tmp_path):
+    task = tasks.mlp(
+        model=tasks.built(TwoWays, torch.float64),
+        loss=lambda outputs, targets: tasks.cross_entropy(outputs["logits"], targets),
+        measure=lambda outputs, targets: outputs["again"].square().sum(1),
+    )
+    run = Run(tmp_path / "r", task, damping=0.05, solver="exact", **QUIET)
+    run.stest()
+    assert worst_row(run.s_test(slice(None)), dense_s_test(task, "ggn", 0.05, measure=True)) <= 1e-9
+
+
 def test_a_measure_that_reads_another_setting_is_noticed(tmp_path, monkeypatch):
     Run(tmp_path / "r", tasks.mlp(measure=logit), **QUIET).stest()
     monkeypatch.setitem(globals(), "CLASS", 1)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from infl_cache.maths.capture.forms import Alone
 from infl_cache.maths.capture.tape import Call
+from infl_cache.maths.model import called_at
 
 
 def alone_gradients(model: nn.Module, unit: Alone, calls: Sequence[Call]) -> dict[str, Tensor]:
@@ -43,7 +44,7 @@ def _of_one_call(module: nn.Module, unit: Alone, call: Call, values: dict[str, T
         args, named = tree_unflatten(own, structure)
 
         def outputs(at: dict[str, Tensor]) -> list[Tensor]:
-            found = tree_leaves(torch.func.functional_call(module, at, args, named))
+            found = tree_leaves(called_at(module, at, args, named))
             return [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
         back = [

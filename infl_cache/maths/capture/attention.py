@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 Record = Callable[[str, Tensor, Tensor], Tensor]
 
@@ -58,8 +59,21 @@ class Projections(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, paths: Sequence[str], record: Record) -> None:
         super().__init__()
+        self._modules = [model.get_submodule(path) for path in paths]
         self._paths = {id(model.get_submodule(path)._parameters["in_proj_weight"]): path for path in paths}
         self._record = record
+
+    def around_calls(self) -> list[RemovableHandle]:
+        """Hooks that have this at work during each call of the modules: also in a backward pass, by a checkpoint."""
+
+        def enter(*_: Any) -> None:
+            self.__enter__()  # type: ignore[no-untyped-call]
+
+        def leave(*_: Any) -> None:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+        entering = [module.register_forward_pre_hook(enter) for module in self._modules]
+        return entering + [module.register_forward_hook(leave, always_call=True) for module in self._modules]
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -93,10 +93,9 @@ def _best_of_tied(tied: Sequence[Layer], can: Mapping[str, bool], asked: Mapping
     left, chosen = list(tied), set()
     while left:
         together = [left.pop(0)]
-        for other in left:
-            if any(set(other.names) & set(each.names) for each in together):
-                together.append(other)
-        left = [layer for layer in left if layer not in together]
+        for one in together:  # which grows meanwhile: who shares with one of them belongs to all of them
+            together += [other for other in left if set(other.names) & set(one.names)]
+            left = [layer for layer in left if layer not in together]
         asked_for = {asked.get(layer.module) for layer in together} - {None}
         plain = max(cost_of(layer, "dense").seconds() for layer in together)
         factored = sum(cost_of(layer, "factored").seconds() for layer in together)
@@ -128,10 +127,12 @@ def asked_forms(text: str | None, layers: Sequence[Layer]) -> dict[str, str]:
         if not hits:
             known = ", ".join(layer.module for layer in layers[:8])
             raise BadInput(f"layer-forms: {pattern[:60]!r} matches no layer with a rule; they are {known or 'none'}")
-        unable = [layer.module for layer in layers if layer.module in hits and not RULES[layer.rule].stored]
-        if form == "factored" and unable:
-            raise BadInput(
-                f"layer-forms: layer {unable[0]!r} cannot be factored, its gradient is no product; use dense"
-            )
+        if form == "factored":  # norms, say, among the layers that a pattern matches stay as they are
+            able = [layer.module for layer in layers if layer.module in hits and RULES[layer.rule].stored]
+            if not able:
+                raise BadInput(
+                    f"layer-forms: layer {hits[0]!r} cannot be factored, its gradient is no product; use dense"
+                )
+            hits = able
         asked.update(dict.fromkeys(hits, form))
     return asked

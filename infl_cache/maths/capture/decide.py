@@ -35,6 +35,7 @@ def decide_forms(
     (`form="auto"`); for the rest a copy of the parameter for each sample, vmap of the module alone, vmap of the
     whole model, or a loop. No more than `at_once` samples' gradients are held at a time.
     """
+    at_once = max(2, at_once)  # what is whose sample's is told by more than one of them
     groups = [batch.indices[i : i + at_once] for i in range(0, len(batch.indices), at_once)]
     found, notes = _survey(task, parameters, batch, groups[0])
     asked = asked_forms(layer_forms, found.layers)
@@ -97,7 +98,12 @@ def _runnable(task: Task, parameters: Parameters, found: Found, group: Sequence[
     """What was found, less the parts that fail when they are run; a module that vmap cannot follow gets a loop."""
     notes: list[str] = []
     looped = [replace(each, engine="loop") for each in found.alone]
-    tries: list[tuple[str, list[Found]]] = [("layers with a rule", [Found(layers=found.layers)])]
+    tries: list[tuple[str, list[Found]]] = []
+    together = _failure(task, parameters, Found(layers=found.layers), group)
+    if together is not None:
+        fine = tuple(each for each in found.layers if _failure(task, parameters, Found(layers=(each,)), group) is None)
+        tries += [(f"layer {each.module!r}", [Found(layers=(each,))]) for each in found.layers if each not in fine]
+        tries += [("layers with a rule", [Found(layers=fine)])]
     tries += [(f"parameter {each.name!r}", [Found(spread=(each,))]) for each in found.spread]
     tries += [
         (f"module {each.module!r}", [Found(alone=(each,)), Found(alone=(other,))])
@@ -226,7 +232,9 @@ def _plain(task: Task, forms: Forms, batch: Batch) -> dict[str, Tensor]:
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(each.square().sum()) for each in tensors))
+    """The norm of all finite gradients together: one that is not must not decide about the others."""
+    norms = [float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in tensors]
+    return math.sqrt(sum(norm**2 for norm in norms if math.isfinite(norm)))
 
 
 def _alike(found: Tensor, expected: Tensor | None, norm: float) -> bool:

@@ -66,6 +66,11 @@ def capture(task: Task, forms: Forms, batch: Batch, measure: bool = False) -> Ca
         _add(pieces, alone_gradients(task.model, unit, tape.calls.get(unit.module, [])))
     if forms.mapped:
         _add(pieces, _by_engine(task, forms, batch, measure))
+    for name, piece in pieces.items():
+        if len(piece) != size:
+            raise BadInput(
+                f"gradient of {name}: expected {size} samples, found {len(piece)}; does a layer see some only?"
+            )
     return Captured(
         factors,
         _side_by_side(forms, pieces, losses),
@@ -99,8 +104,13 @@ def multiplied_out(layer: Layer, inputs: Tensor, output_grad: Tensor) -> dict[st
     return found
 
 
-def by_position(tensor: Tensor, size: int, axis: int, event: int) -> Tensor:
-    """A layer's input or output as `(B, n, *event)`: the batch axis first, all others before the event in n."""
+def by_position(tensor: Tensor, size: int, axis: int, event: int, length: int = 0) -> Tensor:
+    """A layer's input or output as `(B, n, *event)`: the batch axis first, all others before the event in n.
+
+    Raises `ValueError` if the batch axis cannot be told apart into samples of `length` (0 is any) entries.
+    """
+    if tensor.shape[axis] % size or length not in (0, tensor.shape[axis] // size):
+        raise ValueError(f"expected {length or 'some'} entries for each of {size} samples along axis {axis}")
     moved = tensor.movedim(axis, 0)
     return moved.reshape(size, -1, *moved.shape[moved.dim() - event :])
 
@@ -114,11 +124,20 @@ def _add(pieces: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
 def _factors_of_call(task: Task, layer: Layer, call: Call, size: int) -> tuple[Tensor, Tensor]:
     rule, module = RULES[layer.rule], task.model.get_submodule(layer.within or layer.module)
     into, out = rule.events(module, call)
-    grad = by_position(call.grad(next(task.model.parameters())), size, max(0, layer.axes[1]), out)
+    raw = call.grad(next(task.model.parameters()))
     inputs = rule.prepare(module, call.input) if "weight" in layer.parameters else call.input
     if layer.axes[0] < 0:
         inputs = once_a_sample(inputs, size, into)
-    return by_position(inputs, size, max(0, layer.axes[0]), into), grad
+    try:
+        return (
+            by_position(inputs, size, max(0, layer.axes[0]), into, layer.lengths[0]),
+            by_position(raw, size, max(0, layer.axes[1]), out, layer.lengths[1]),
+        )
+    except ValueError as error:
+        raise BadInput(
+            f"layer {layer.module!r}: {error} as in the first samples, found inputs {tuple(inputs.shape)} and outputs"
+            f" {tuple(raw.shape)}; does it see some samples only, or padding taken out? pad to one length in collate="
+        ) from error
 
 
 def _expanded_calls(task: Task, layer: Layer, calls: list[Call], size: int) -> dict[str, Tensor]:
@@ -155,8 +174,9 @@ def _filled(layer: Layer, shape: tuple[int, ...], found: Tensor, batch: Batch) -
     missing = shape[0] - found.shape[1] if found.shape[2:] == shape[1:] else -1
     if missing < 0:
         raise BadInput(
-            f"layer {layer.module!r}: expected inputs or outputs of shape ({len(batch.indices)}, at most {shape[0]},"
-            f" {', '.join(map(str, shape[1:]))}), found {tuple(found.shape)} at samples {batch.indices[0]} to"
+            f"layer {layer.module!r}: expected inputs or outputs of shape"
+            f" ({', '.join(map(str, (len(batch.indices), f'at most {shape[0]}', *shape[1:])))}),"
+            f" found {tuple(found.shape)} at samples {batch.indices[0]} to"
             f" {batch.indices[-1]}; pad to one length in collate=, or use --form dense"
         )
     return F.pad(found, (0, 0) * (found.dim() - 2) + (0, missing)) if missing else found
@@ -167,7 +187,8 @@ def _refuse_other_inputs(forms: Forms, factors: Factors, batch: Batch) -> None:
     for layer in forms.factored:
         if layer.input_key:
             ours, theirs = factors[layer.key][0], factors[layer.input_key][0]
-            if ours.data_ptr() != theirs.data_ptr() and not torch.equal(ours, theirs):
+            same = ours.data_ptr() == theirs.data_ptr() or torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True)
+            if not same:
                 raise BadInput(
                     f"layer {layer.module!r}: expected the input of layer {layer.input_key!r} as in the first samples,"
                     f" found another at samples {batch.indices[0]} to {batch.indices[-1]}; use --form dense"

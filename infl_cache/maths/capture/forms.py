@@ -20,8 +20,9 @@ class Layer:
     the store, `module` its path in the model, `parameters` maps the chosen ones of its parameters (`weight`,
     `bias`) to their names in the model; a parameter of several layers is the sum over them. `settings` is what the
     rule needs to multiply out (strides, say), `axes` are the batch axes of the module's own input and output
-    (-1 where one call serves all samples), `input_key` names the layer whose stored input this one shares,
-    `within` the attention module that this layer is a projection of.
+    (-1 where one call serves all samples), `lengths` how long these are for each sample (0 where that varies),
+    `input_key` names the layer whose stored input this one shares, `within` the attention module that this layer is
+    a projection of.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Layer:
     gradient_size: int
     settings: dict[str, Any] = field(default_factory=dict)
     axes: tuple[int, int] = (0, 0)
+    lengths: tuple[int, int] = (1, 1)
     input_key: str = ""
     indices: bool = False
     within: str = ""
@@ -163,5 +165,5 @@ class Forms:
 
 
 def _layer(content: Mapping[str, Any]) -> Layer:
-    shapes = {name: tuple(content[name]) for name in ("input_shape", "grad_shape", "axes")}
+    shapes = {name: tuple(content[name]) for name in ("input_shape", "grad_shape", "axes", "lengths")}
     return Layer(**{**content, **shapes})

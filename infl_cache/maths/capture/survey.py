@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from infl_cache.maths.capture.attention import Place, has_projections, place_of
+from infl_cache.maths.capture.copies import copied
 from infl_cache.maths.capture.engine import by_position
 from infl_cache.maths.capture.forms import Alone, Layer, Spread
 from infl_cache.maths.capture.rules import RULES, Rule, rule_for
@@ -23,7 +24,6 @@ from infl_cache.maths.task import Task, losses_of
 
 RESERVED = {"dense", "loss", "target", "digest"}
 LENGTH_PROBES = 16
-MOST_ONES = 3
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,27 @@ def survey(task: Task, parameters: Parameters, batch: Batch, not_copied: Iterabl
                 owners.setdefault(names[id(own)], []).append((path, attribute))
     one, two = (_calls(task, [batch.indices[0]] * count) for count in (1, 2))
     layers: list[Layer] = []
-    covered: set[tuple[str, str]] = set()
+    places_of: dict[str, set[tuple[str, str]]] = {}
     for path in dict.fromkeys(path for places in owners.values() for path, _ in places):
         chosen = {own: name for name, places in owners.items() for where, own in places if where == path}
         place = place_of(model, path)
         layer = _layer(model, path, place, chosen, one.get(place.calls, []), two.get(place.calls, []))
-        if layer is None or (layer.axes[1] < 0 and not _serves_all(task, layer, batch)):
+        if layer is None or (layer.axes[1] < 0 and not _serve_all(task, [*layers, layer], batch)):
             continue
         layers.append(replace(layer, key=_key(place.calls, layers)))
-        covered |= {(path, own) for own in chosen if own in place.kinds}
+        places_of[layer.module] = {(path, own) for own in chosen if own in place.kinds}
+    varying, packed = _lengths(task, layers)
+    layers = [
+        replace(layer, lengths=(0, 0)) if layer.module in varying and layer.lengths != (1, 1) else layer
+        for layer in layers
+        if layer.module not in packed
+    ]
+    covered = {each for layer in layers for each in places_of[layer.module]}
     rest = {name: [place for place in places if place not in covered] for name, places in owners.items()}
     to_copy = {name: places for name, places in rest.items() if places and name not in not_copied}
-    copied = _copied(task, to_copy, owners, one, batch)
-    alone, mapped = _units(model, {n: p for n, p in rest.items() if p and n not in {s.name for s in copied}}, one, two)
-    found = Found(tuple(_sharing(layers, one)), tuple(copied), tuple(alone), (), _varying(task, layers))
+    copies = copied(task, to_copy, owners, one, batch)
+    alone, mapped = _units(model, {n: p for n, p in rest.items() if p and n not in {s.name for s in copies}}, one, two)
+    found = Found(tuple(_sharing(layers, one)), tuple(copies), tuple(alone), (), varying)
     return found.without(mapped)
 
 
@@ -128,8 +135,17 @@ def _layer(
         input_shape=(sum(a[0] for a, _ in pairs), *pairs[0][0][1:]),
         grad_shape=(sum(b[0] for _, b in pairs), *pairs[0][1][1:]),
         gradient_size=sum(model.get_parameter(name).numel() for name in kinds.values()),
-        settings=rule.settings(module), axes=first, indices=not one[0].input.is_floating_point(),
+        settings=rule.settings(module), axes=first, lengths=_lengths_of(one, first),
+        indices=not one[0].input.is_floating_point(),
     )  # fmt: skip
+
+
+def _lengths_of(calls: list[Call], axes: tuple[int, int]) -> tuple[int, int]:
+    """How long the batch axes are for one sample, 0 where its calls differ."""
+    if axes[0] < 0:
+        return 1, 1
+    found = {(call.input.shape[axes[0]], call.shapes[0][axes[1]]) for call in calls}
+    return found.pop() if len(found) == 1 else (0, 0)
 
 
 def _axes_of_layer(one: Call, two: Call) -> tuple[int | None, int | None]:
@@ -140,14 +156,15 @@ def _axes_of_layer(one: Call, two: Call) -> tuple[int | None, int | None]:
     return _axis(*shapes[0]), _axis(*shapes[1])
 
 
-def _serves_all(task: Task, layer: Layer, batch: Batch) -> bool:
-    """Whether the losses stay the same when a layer's one output for all samples is handed on once a sample."""
+def _serve_all(task: Task, layers: list[Layer], batch: Batch) -> bool:
+    """Whether the losses stay the same when layers' one output for all samples is handed on once a sample."""
+    common = {layer.module: len(layer.grad_shape) - 1 for layer in layers if layer.axes[1] < 0}
     device = next(task.model.parameters()).device
     pair = probe_batch(task, [batch.indices[0], batch.indices[-1]], device)
     try:
         with torch.no_grad():
             expected = losses_of(task, pair)[1]
-            with recording(task.model, [layer.module], device, (), 2, {layer.module: len(layer.grad_shape) - 1}):
+            with recording(task.model, list(common), device, (), 2, common):
                 found = losses_of(task, pair)[1]
     except Exception:  # shapes that do not broadcast, and whatever else a model makes of them
         return False
@@ -193,52 +210,37 @@ def _sharing(layers: list[Layer], calls: dict[str, list[Call]]) -> list[Layer]:
     return shared
 
 
-def _varying(task: Task, layers: list[Layer]) -> frozenset[str]:
-    """Modules whose number of positions is not the same for every sample: their factors fit no array."""
-    seen: dict[str, set[Any]] = {}
-    for index in spread(len(task.train), LENGTH_PROBES):
-        calls = _calls(task, [index])
-        for layer in layers:
-            shapes = [(tuple(call.input.shape), tuple(call.shapes[0])) for call in calls.get(layer.module, [])]
-            seen.setdefault(layer.module, set()).add(tuple(shapes))
-    return frozenset(module for module, shapes in seen.items() if len(shapes) > 1)
+def _lengths(task: Task, layers: list[Layer]) -> tuple[frozenset[str], frozenset[str]]:
+    """Modules whose number of positions is not the same for every sample: their factors fit no array.
 
-
-def _copied(
-    task: Task, rest: dict[str, list[tuple[str, str]]], owners: dict[str, list[tuple[str, str]]],
-    calls: dict[str, list[Call]], batch: Batch,
-) -> list[Spread]:  # fmt: skip
-    """Parameters that may be given once a sample without changing any loss; the gradients are proved later."""
-    found: list[Spread] = []
-    device = next(task.model.parameters()).device
-    pair = probe_batch(task, [batch.indices[0], batch.indices[-1]], device)
-    with torch.no_grad():
-        expected = losses_of(task, pair)[1]
-    for name, places in rest.items():
-        if len(owners[name]) != 1:
+    And those of them whose batches have less than the samples' greatest length for each: padding is taken out, or
+    samples, and nothing says whose the rest are.
+    """
+    seen = {index: _shapes(task, [index], layers) for index in spread(len(task.train), LENGTH_PROBES)}
+    varying, packed, pairs = set(), set(), {}
+    for layer in layers:
+        other = {shapes[layer.module]: index for index, shapes in seen.items()}
+        if len(other) == 1:
             continue
-        path, attribute = places[0]
-        parameter = task.model.get_submodule(path)._parameters[attribute]
-        assert parameter is not None
-        for ones in _likely_ones(parameter, calls.get(path, [])):
-            candidate = Spread(name, path, attribute, ones)
-            try:
-                with recording(task.model, [], device, [candidate], 2), torch.no_grad():
-                    losses = losses_of(task, pair)[1]
-            except Exception:  # shapes that do not broadcast, and whatever else a model makes of them
-                continue
-            if torch.allclose(losses, expected, rtol=1e-5, atol=1e-7):
-                found.append(candidate)
-                break
-    return found
+        varying.add(layer.module)
+        a, b = sorted(other.values())[:2]
+        if (a, b) not in pairs:
+            pairs[a, b] = _shapes(task, [a, b], layers)
+        for place, (together, _) in enumerate(pairs[a, b][layer.module]):
+            alone = [seen[each][layer.module][place : place + 1] for each in (a, b)]
+            longest = max((shapes[0][layer.axes[0]] for (shapes,) in filter(None, alone)), default=0)
+            if layer.axes[0] >= 0 and together[layer.axes[0]] != 2 * longest:
+                packed.add(layer.module)
+    return frozenset(varying), frozenset(packed)
 
 
-def _likely_ones(parameter: Tensor, calls: list[Call]) -> list[int]:
-    """How many axes of length 1 to try after the batch axis, the likeliest first."""
-    every = [*([-1] if parameter.dim() and parameter.shape[0] == 1 else []), *range(MOST_ONES + 1)]
-    inputs = [leaf for call in calls[:1] for leaf in tree_leaves(call.args) if isinstance(leaf, Tensor)]
-    guess = inputs[0].dim() - 1 - parameter.dim() if inputs else 0
-    return sorted(every, key=lambda ones: ones not in (guess, -1))
+def _shapes(task: Task, indices: Sequence[int], layers: list[Layer]) -> dict[str, Any]:
+    """Shapes of inputs and outputs in each call of each layer's module."""
+    calls = _calls(task, indices)
+    return {
+        layer.module: tuple((tuple(c.input.shape), tuple(c.shapes[0])) for c in calls.get(layer.module, []))
+        for layer in layers
+    }
 
 
 def _units(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,8 +108,9 @@ def recording(
                     _watching(tape, name, size, common or {}), with_kwargs=True
                 )
             )
-        with Projections(model, attention, tape.probed) if attention else nullcontext():
-            yield tape
+        if attention:
+            handles += Projections(model, attention, tape.probed).around_calls()
+        yield tape
     finally:
         for handle in handles:
             handle.remove()
@@ -140,8 +141,8 @@ def _watching(tape: Tape, name: str, size: int, common: Mapping[str, int]) -> Ca
         if tape.running:
             tape.calls.setdefault(name, []).append(call)
         for place, i in enumerate(places):
-            # One output of several may be a view of another, which nothing may change in place.
-            whole = leaves[i] if len(leaves) == 1 else leaves[i].clone()
+            # One output of several may be a view of another, and not every view may be changed in place.
+            whole = leaves[i].clone() if len(leaves) > 1 or leaves[i]._is_view() else leaves[i]
             leaves[i] = _Probe.apply(whole, tape.anchor, call, place)  # type: ignore[no-untyped-call]
         return tree_unflatten(leaves, structure)
 

@@ -67,6 +67,10 @@ def _one_call(settings: Settings, image: Tensor, grad: Tensor) -> Tensor:
     if settings["transposed"]:
         image, grad = grad, image
     padded = F.pad(image, settings["pads"], settings["mode"]) if any(settings["pads"]) else image
+    for axis, (length, stride, dilation) in enumerate(
+        zip(settings["kernel_size"], settings["stride"], settings["dilation"], strict=True)
+    ):  # what no window reaches: the rest after the last stride, or the output padding of a transposed one
+        padded = padded.narrow(2 + axis, 0, (grad.shape[2 + axis] - 1) * stride + (length - 1) * dilation + 1)
     patches = padded.shape[1] * math.prod(settings["kernel_size"]) * math.prod(grad.shape[2:])
     if patches > MANY_PATCHES and image.device.type == "cpu":
         return _one_by_one(settings, padded, grad)
@@ -84,7 +88,6 @@ def _by_patches(settings: Settings, padded: Tensor, grad: Tensor) -> Tensor:
         zip(kernel, settings["stride"], settings["dilation"], strict=True)
     ):
         windows = windows.unfold(2 + axis, (length - 1) * dilation + 1, stride)[..., ::dilation]
-        windows = windows.narrow(2 + axis, 0, grad.shape[2 + axis])
     axes = len(kernel)
     order = (0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
     patches = windows.permute(order).reshape(size * groups, channels // groups * math.prod(kernel), -1)

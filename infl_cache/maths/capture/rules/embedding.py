@@ -76,6 +76,10 @@ class EmbeddingBag(Rule):
     def operations(self, inputs: tuple[int, ...], output_grad: tuple[int, ...], size: int) -> tuple[int, int | None]:
         return inputs[0] * inputs[1] * output_grad[1], inputs[0] * inputs[1] * output_grad[1]
 
+    def held(self, inputs: tuple[int, ...], output_grad: tuple[int, ...], size: int) -> tuple[int, int]:
+        looked_up = inputs[0] * inputs[1] * output_grad[1]
+        return 2 * size + looked_up, looked_up
+
     def _each(self, settings: Settings, inputs: Tensor, output_grad: Tensor) -> Tensor:
         """The gradient of each looked-up row, (B, n * length, width)."""
         padding = settings["padding_idx"]

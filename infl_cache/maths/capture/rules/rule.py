@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -65,6 +66,11 @@ class Rule(ABC):
         del inputs
         positions = output_grad[0] if output_grad else 1
         return positions * size, None
+
+    def held(self, inputs: tuple[int, ...], output_grad: tuple[int, ...], size: int) -> tuple[int, int]:
+        """Numbers in memory a sample: to build a gradient of `size` numbers; for one product without building it."""
+        del inputs
+        return 2 * size, math.prod(output_grad)
 
 
 def own(module: nn.Module, name: str) -> Tensor | None:
