@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 CHUNK_BYTES = 16 * 2**20
-BLOCK_BYTES = 64 * 2**20
-MAX_BLOCK_ROWS = 4096
+BLOCK_BYTES = 256 * 2**20
+MAX_BLOCK_ROWS = 16384
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def choose_block_rows(n_rows: int, row_bytes: int, budget: int) -> int:
     """Rows a block: a power of two near `BLOCK_BYTES`, within `budget` bytes, at most `MAX_BLOCK_ROWS`.
 
     >>> choose_block_rows(n_rows=60_000, row_bytes=10_000, budget=2**30)
-    4096
+    16384
     >>> choose_block_rows(n_rows=60_000, row_bytes=2_000_000, budget=2**30)
-    32
+    128
     """
     fitting = max(1, min(BLOCK_BYTES, budget) // max(1, row_bytes))
     return min(1 << (fitting.bit_length() - 1), MAX_BLOCK_ROWS, max(1, n_rows))

@@ -34,7 +34,7 @@ FEWEST_CHECKED = 8
 CHECKED_NUMBERS = 2**26
 MAX_BATCH = 1024
 SMALLEST_CPU_BATCH = 16
-CPU_ACTIVATIONS = 32 * 2**20
+CPU_ACTIVATIONS = 64 * 2**20
 MAX_VMAP_BATCH = 32
 # A row that is rebuilt exists as pieces, as their concatenation, and in what vmap or autograd holds besides.
 ROW_COPIES = 4
@@ -114,7 +114,7 @@ def bytes_a_number(dtype: str) -> int:
 def _choose_batch(run: Opened, forms: Forms, first: Batch, row_bytes: int) -> int:
     """Samples in one pass: what a quarter of the budget holds of activations and gradients, on a CPU what caches like.
 
-    The faster batch sizes of five networks on a CPU (from an MLP to ResNet-18) all had activations of 8 to 64 MB.
+    The faster batch sizes of five networks on a CPU (from an MLP to ResNet-18) all had activations of 8 to 128 MB.
     """
     kept = activation_bytes(run.task, run.parameters, probe_batch(run.task, first.indices[:8], run.device))
     sizes = dict(zip(run.parameters.names, run.parameters.sizes, strict=True))
