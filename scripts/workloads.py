@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         return logits
 
 
-def mlp(n_train: int = 100_000, n_test: int = 20, n_fit: int = 2000) -> Workload:
+def mlp(n_train: int = 200_000, n_test: int = 20, n_fit: int = 2000) -> Workload:
     """W1: an MLP 784-512-256-10, fitted to `n_fit` samples."""
     with seeded():
         hidden = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU()]
@@ -157,28 +157,28 @@ def mlp(n_train: int = 100_000, n_test: int = 20, n_fit: int = 2000) -> Workload
     return classifier("W1", "MLP 784-512-256-10", model, (784,), (n_train, n_test, n_fit), epochs=4)
 
 
-def small_cnn(n_train: int = 10_000, n_test: int = 20, n_fit: int = 2000) -> Workload:
+def small_cnn(n_train: int = 30_000, n_test: int = 20, n_fit: int = 2000) -> Workload:
     """W2: two convolutions and two linear layers on 3x32x32."""
     with seeded():
         model = SmallCNN()
     return classifier("W2", "small CNN on 3x32x32", model, (3, 32, 32), (n_train, n_test, n_fit), epochs=4)
 
 
-def resnet20(n_train: int = 1500, n_test: int = 8, n_fit: int = 1000) -> Workload:
+def resnet20(n_train: int = 5000, n_test: int = 8, n_fit: int = 1000) -> Workload:
     """W3: ResNet-20 for CIFAR."""
     with seeded():
         model = ResNet((16, 32, 64), blocks=3)
     return classifier("W3", "ResNet-20 on 3x32x32", model, (3, 32, 32), (n_train, n_test, n_fit), epochs=3)
 
 
-def resnet18(n_train: int = 768, n_test: int = 8, n_fit: int = 256) -> Workload:
+def resnet18(n_train: int = 1024, n_test: int = 8, n_fit: int = 256) -> Workload:
     """W4: ResNet-18 for CIFAR; a few steps of training only."""
     with seeded():
         model = ResNet((64, 128, 256, 512), blocks=2)
     return classifier("W4", "ResNet-18 on 3x32x32", model, (3, 32, 32), (n_train, n_test, n_fit), epochs=1)
 
 
-def transformer(n_train: int = 2000, n_test: int = 8, n_fit: int = 512) -> Workload:
+def transformer(n_train: int = 5000, n_test: int = 8, n_fit: int = 512) -> Workload:
     """W5: a causal transformer of two layers over 64 tokens, with a tied embedding."""
     with seeded():
         model = Transformer()
