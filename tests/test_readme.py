@@ -80,7 +80,11 @@ def test_the_python_example_runs_and_finds_wrong_labels(tmp_path):
 
 
 def test_every_option_is_in_the_table():
-    flags = [f"--{name.replace('_', '-')}`" for name, _, _ in option_fields() if name != "progress"]
+    flags = [
+        f"--{'no-' if field.default is True else ''}{name.replace('_', '-')}`"
+        for name, _, field in option_fields()
+        if name != "progress"
+    ]
     assert [flag for flag in flags if flag not in README] == []
     assert "--no-progress" in README
 

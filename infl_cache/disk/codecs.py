@@ -51,7 +51,7 @@ class Codec:
             body = plain.tobytes()
         else:
             how = Blosc.BITSHUFFLE if self.shuffle == "bitshuffle" else Blosc.SHUFFLE
-            blosc = Blosc(self.name, self.level, how, typesize=plain.dtype.itemsize)
+            blosc = Blosc(self.name, self.level, how)
             body = bytes(blosc.encode(plain))
         return body, google_crc32c.value(body).to_bytes(CRC_BYTES, "little")
 

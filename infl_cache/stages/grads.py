@@ -109,7 +109,7 @@ def bytes_a_number(dtype: str) -> int:
 
 
 def _choose_batch(run: Opened, forms: Forms, first: Batch, row_bytes: int) -> int:
-    """Samples in one pass: what a quarter of the budget holds of activations and gradients, what caches like on a CPU."""
+    """Samples in one pass: what a quarter of the budget holds of activations and rows; on a CPU what caches like."""
     kept = activation_bytes(run.task, run.parameters, probe_batch(run.task, first.indices[:8], run.device))
     sizes = dict(zip(run.parameters.names, run.parameters.sizes, strict=True))
     sample = 4 * kept + 4 * row_bytes + 12 * sum(sizes[name] for name in forms.mapped)
