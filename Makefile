@@ -43,7 +43,7 @@ report: $(STAMP) ## the strongest training samples of some test samples: a table
 export: $(STAMP) ## the finished matrix as json or csv: ARGS='--format csv --out FILE'
 	$(BIN)/infl-cache export $(RUN) $(ARGS)
 
-test: $(STAMP) ## all tests (under 5 minutes on 2 cores)
+test: $(STAMP) ## all tests (about 6 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 check: $(STAMP) ## ruff and mypy
