@@ -128,7 +128,8 @@ class Run:
         if not identity["cache"]:
             raise IncompleteStore(f"{self.path}: expected stored gradients, found a run that was made with --no-cache")
         store = self.folder.store("grads")
-        wide = torch.float64 if identity["dtype"] == "float64" else torch.float32
+        types = (identity["dtype"], self.folder.plan("grads")["parameters_dtype"])
+        wide = torch.float64 if "float64" in types else torch.float32
 
         def read(block: Block) -> NDArray[Any]:
             factors, dense = stored_gradients(store, forms, block, torch.device("cpu"), wide)

@@ -45,7 +45,7 @@ def row_digests(tensors: Sequence[Tensor]) -> NDArray[np.uint64]:
     size = len(tensors[0])
     columns: list[NDArray[np.uint8]] = [_repeated(f"L{len(tensors)}".encode(), size)]
     for tensor in tensors:
-        rows = tensor.detach().cpu().contiguous().view(size, -1)
+        rows = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(size, -1)
         columns.append(_repeated(f"T{tensor.dtype}{tuple(tensor.shape[1:])}".encode(), size))
         columns.append(_condensed(rows.view(torch.uint8).numpy() if rows.shape[1] else np.empty((size, 0), np.uint8)))
     together = np.concatenate(columns, axis=1)
@@ -194,7 +194,7 @@ def _feed(hasher: Any, value: Any, inside: tuple[int, ...] = ()) -> None:
         return
     within = (*inside, id(value))
     if isinstance(value, Tensor):
-        dense = value.detach().cpu().contiguous()
+        dense = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
         hasher.update(f"T{value.dtype}{tuple(value.shape)}".encode())
         hasher.update(_condensed(dense.reshape(1, -1).view(torch.uint8).numpy()).data if dense.numel() else b"")
     elif isinstance(value, np.ndarray) and value.dtype != object:

@@ -17,7 +17,7 @@ from infl_cache.disk.store import Array, EncodedChunk
 from infl_cache.errors import BadInput
 from infl_cache.maths.capture import Captured, Forms, capture
 from infl_cache.maths.samples import Batch, batches, groups_of
-from infl_cache.maths.task import losses_of, out_of_memory, targets_as_numbers
+from infl_cache.maths.task import losses_of, out_of_memory, requiring_grad, targets_as_numbers
 from infl_cache.progress import progress
 from infl_cache.stages.behind import Behind
 from infl_cache.stages.buffers import BlockBuffer
@@ -97,7 +97,7 @@ def _filled_blocks(run: Opened, forms: Forms, todo: Sequence[Block], timings: Ti
             at = slice(filled, filled + len(batch.indices))
             with timings.of("copy"):
                 arrays = {"loss": found.loss, "target": found.target}
-                if run.options.grads.cache:
+                if found.factors or found.dense.shape[1]:
                     arrays.update(arrays_of(forms, found, dtype))
                 buffer.fill(at, arrays, batch.digests)
             filled = at.stop
@@ -133,12 +133,17 @@ def _captured(run: Opened, forms: Forms, todo: Sequence[Block], timings: Timings
 
 
 def _gradients(run: Opened, forms: Forms, batch: Batch) -> Captured:
-    """A batch's gradients; its losses alone if gradients are not kept."""
+    """A batch's gradients; if they are not kept, its losses alone, unless a gradient of it is not finite."""
     if run.options.grads.cache:
         return capture(run.task, forms, batch)
-    with torch.no_grad():
+    named = dict(run.task.model.named_parameters())
+    chosen = [named[name] for name in run.parameters.names]
+    with requiring_grad(chosen), torch.enable_grad():
         _, losses = losses_of(run.task, batch)
-    size = len(batch.indices)
+        summed = torch.autograd.grad(losses.sum(), chosen, allow_unused=True) if losses.requires_grad else ()
+    if not all(bool(torch.isfinite(gradient).all()) for gradient in summed if gradient is not None):
+        return capture(run.task, forms, batch)
+    size, losses = len(batch.indices), losses.detach()
     return Captured({}, losses.new_zeros(size, 0), losses, targets_as_numbers(run.task, batch.data, size), losses)
 
 

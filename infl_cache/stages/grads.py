@@ -94,6 +94,7 @@ def planned(run: Opened, identity: dict[str, Any]) -> tuple[Forms, dict[str, Any
         "n_rows": n_train,
         "block_rows": block_rows,
         "forms": forms.to_json(),
+        "parameters_dtype": stored_dtype(parameters, task),
         "batch_size": min(_choose_batch(run, forms, first, row_bytes), block_rows),
     }
     if identity["dtype"] in ("bfloat16", "float16") and identity["cache"]:

@@ -65,8 +65,8 @@ class GradsPlan:
 
     @property
     def uncached_seconds(self) -> float:
-        """One pass for the losses, a third of the work, and the gradients again in each pass of stage 3."""
-        return self.n_train * (1 / 3 + self.passes) / self.compute_rate
+        """One pass for the losses and to see that all gradients are finite, then one in each pass of stage 3."""
+        return self.n_train * (1 + self.passes) / self.compute_rate
 
     @property
     def n_bytes(self) -> float:

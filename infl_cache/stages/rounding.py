@@ -29,13 +29,15 @@ def measured_rounding(run: Opened, forms: Forms, dtype: str, queries: Tensor, at
         exact.append(scores.scores(forms, asked, captured.factors, captured.dense, run.budget // 8))
         factors, dense = rounded(forms, captured, dtype, wide)
         kept.append(scores.scores(forms, asked, factors, dense, run.budget // 8))
-    found = agreement(torch.cat(exact, 1).double(), torch.cat(kept, 1).double())
-    return {**found, "train": len(chosen), "test": len(queries)}
+    right, found = torch.cat(exact, 1).double(), torch.cat(kept, 1).double()
+    finite = torch.isfinite(right).all(0)  # samples without a finite gradient have no influence to be compared
+    return {**agreement(right[:, finite], found[:, finite]), "train": int(finite.sum()), "test": len(queries)}
 
 
 def test_gradients(run: Opened, forms: Forms, at_once: int) -> Tensor:
     """Gradients of some test samples (M, n_params): they stand in for their s_test until stage 2 has computed it."""
-    return torch.cat([_row(run, forms, index) for index in spread(len(run.task.test), min(TEST_SAMPLES, at_once))])
+    rows = torch.cat([_row(run, forms, index) for index in spread(len(run.task.test), min(TEST_SAMPLES, at_once))])
+    return rows[torch.isfinite(rows).all(1)]
 
 
 def rounding_line(rounding: Mapping[str, float]) -> str:

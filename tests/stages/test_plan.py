@@ -61,6 +61,11 @@ def test_layer_forms_overrule_the_choice_in_the_plan_and_in_the_run(tmp_path):
     assert {each["module"] for each in run.folder.plan("grads")["forms"]["factored"]} == {"0", "3"}
 
 
+def test_layer_forms_overrule_form_dense_too(tmp_path):
+    plan = Run(tmp_path / "run", images(), form="dense", layer_forms="3=factored", **QUIET).plan()
+    assert {layer.name: layer.form for layer in plan.layers} == {"0": "dense", "3": "factored", "5": "dense"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("0=sparse", "PATTERN=dense or PATTERN=factored"), ("9=dense", "matches no layer with a rule; they are 0, 3, 5")],

@@ -47,3 +47,14 @@ def test_lossless_types_have_no_rounding(tmp_path):
     run.all()
     assert "rounding" not in run.folder.plan("grads")
     assert "rounding" not in str(run.status())
+
+
+def test_samples_without_a_finite_gradient_are_left_out_of_the_measurement(tmp_path):
+    broken = task()
+    broken.train.tensors[0][7] = torch.nan
+    run = Run(tmp_path / "run", broken, dtype="float16", nonfinite="skip", solver="exact", **QUIET)
+    run.all()
+    for stage in ("grads", "influence"):
+        found = run.folder.manifest.stages[stage]["plan"]["rounding"]
+        assert found["train"] == 59
+        assert 0 < found["relative"] < 0.01

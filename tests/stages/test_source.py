@@ -5,7 +5,7 @@ import pytest
 import torch
 import zarr
 
-from infl_cache import ForeignRun, IncompleteStore, Run
+from infl_cache import BadInput, ForeignRun, IncompleteStore, Run, Task
 from infl_cache.stages import source
 from tests import tasks
 from tests.tasks import TASKS
@@ -85,3 +85,23 @@ def test_a_gradient_that_is_not_finite_stops_or_is_skipped(tmp_path, monkeypatch
     skipping.influence()
     assert np.isnan(skipping.scores()).all(0).tolist() == [index == 3 for index in range(10)]
     assert 3 not in skipping.helpful(0, k=10).ids
+
+
+def root_loss(outputs, targets):
+    """Zero with a gradient that is not a number where output and target are equal."""
+    return (outputs - targets).square().sum(1).sqrt()
+
+
+@pytest.mark.parametrize("solver", ["exact", "cg"])
+def test_a_finite_loss_with_a_gradient_that_is_not_is_named_or_skipped(tmp_path, solver):
+    x, y = tasks.normal(14, 5), tasks.normal(14, 2, seed=3)
+    x[6], y[6] = 0, 0
+    model = tasks.built(lambda: torch.nn.Linear(5, 2, bias=False), torch.float64)
+    train, test = tasks.split(x, y, n_train=10)
+    task = Task(model=model, train=train, test=test, loss=root_loss)
+    options = {"cache": False, "solver": solver, "damping": 0.1, "batch_size": 4, **QUIET}
+    with pytest.raises(BadInput, match=r"train samples 6;"):
+        Run(tmp_path / "stop", task, **options).grads()
+    run = Run(tmp_path / "skip", task, nonfinite="skip", **options)
+    run.all()
+    assert np.isnan(run.scores()).any(0).tolist() == [index == 6 for index in range(10)]

@@ -164,7 +164,9 @@ def _arranged(parameters: Parameters, found: Found, form: str, asked: dict[str, 
         and not elsewhere.intersection(layer.names)
         for layer in found.layers
     }
-    factored = choose_factored(found.layers, can, asked) if form == "auto" else ()
+    if form == "dense":
+        asked = {**{layer.module: "dense" for layer in found.layers}, **asked}
+    factored = choose_factored(found.layers, can, asked)
     kept = {layer.module for layer in factored}
     return Forms(
         parameters,
