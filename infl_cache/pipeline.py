@@ -15,6 +15,7 @@ from infl_cache.disk.layout import Block, rows_by_block
 from infl_cache.disk.run import Force, RunFolder
 from infl_cache.errors import BadInput, IncompleteStore
 from infl_cache.maths.capture import Forms, rows_of
+from infl_cache.maths.narrow import NARROW
 from infl_cache.maths.task import Task
 from infl_cache.stages import rank
 from infl_cache.stages.grads import grads
@@ -128,8 +129,8 @@ class Run:
         if not identity["cache"]:
             raise IncompleteStore(f"{self.path}: expected stored gradients, found a run that was made with --no-cache")
         store = self.folder.store("grads")
-        types = (identity["dtype"], self.folder.plan("grads")["parameters_dtype"])
-        wide = torch.float64 if "float64" in types else torch.float32
+        kind = identity["dtype"] if identity["dtype"] not in NARROW else self.folder.plan("grads")["parameters_dtype"]
+        wide = torch.float64 if kind == "float64" else torch.float32
 
         def read(block: Block) -> NDArray[Any]:
             factors, dense = stored_gradients(store, forms, block, torch.device("cpu"), wide)
