@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,8 @@ from infl_cache.disk.layout import Block, array_layout
 from infl_cache.disk.run import Force
 from infl_cache.errors import IncompleteStore
 from infl_cache.maths.capture import Forms, capture, decide_forms, rows_of
-from infl_cache.maths.curvature import Curvature, remembered
-from infl_cache.maths.probe import activation_bytes, check_gradients_arrive, check_independence, probe_batch
-from infl_cache.maths.samples import Batch, batches, groups_of, spread
+from infl_cache.maths.probe import check_gradients_arrive, check_independence, probe_batch
+from infl_cache.maths.samples import batches, groups_of, spread
 from infl_cache.maths.solvers import Solution, make_solver
 from infl_cache.maths.solvers.exact import COLUMNS
 from infl_cache.maths.task import losses_of
@@ -36,14 +35,11 @@ from infl_cache.stages.opening import (
     test_identity,
 )
 from infl_cache.stages.same import check_against_store
+from infl_cache.stages.system import curvature_of, left_out, solve_dtype
 
 MAX_RIGHT_HAND_SIDES = 128
 # Vectors of n_params a right-hand side needs at once: itself, solution, residual, direction, product, vmap's own.
 VECTORS_A_SIDE = 12
-# Beyond this the host is thought to spend its time on fresh pages: seen in single, noisy timings of products with a
-# small CNN, not yet in a benchmark of the whole stage.
-HOST_WORKING_SET = 64 * 2**20
-SMALLEST_BATCH, MAX_BATCH = 8, 256
 
 
 def stest(run: Opened, force: Force = False) -> StageResult:
@@ -76,13 +72,6 @@ def stest(run: Opened, force: Force = False) -> StageResult:
     return summary(run, "stest", len(run.task.test), sum(block.rows for block in todo), started, notes)
 
 
-def left_out(run: Opened) -> list[int]:
-    """Training samples without a finite gradient, which `--nonfinite skip` leaves out of the curvature."""
-    if run.options.influence.nonfinite != "skip":
-        return []
-    return sorted(row for record in run.folder.records("grads").values() for row in record.bad_rows)
-
-
 def _begin(run: Opened, identity: dict[str, Any]) -> None:
     """Try the task on test samples and lay out the store."""
     task, n_test, size = run.task, len(run.task.test), run.parameters.size
@@ -91,7 +80,7 @@ def _begin(run: Opened, identity: dict[str, Any]) -> None:
     with torch.no_grad():
         losses_of(task, probe_batch(task, [0], run.device, "test"), measure=True)
     make_solver(run.options.stest, run.budget).check(size)
-    itemsize = 8 if _solve_dtype(run) == torch.float64 else 4
+    itemsize = 8 if solve_dtype(run) == torch.float64 else 4
     asked = run.options.resources.test_block_rows
     fitting = run.budget // 3 // (size * itemsize * VECTORS_A_SIDE)
     block_rows = min(asked or max(1, min(fitting, MAX_RIGHT_HAND_SIDES)), n_test)
@@ -116,7 +105,7 @@ def _compute(run: Opened, todo: Sequence[Block], finished: int) -> list[str]:
         products = _Products(run.check, bar)
         # The planned block, not the longest that is left: a resumed run does the same arithmetic as a calm one.
         sides = COLUMNS if run.options.stest.solver == "exact" else run.folder.plan("stest")["block_rows"]
-        operator = replace(_operator(run, sides), tick=products.tick, note=products.note)
+        operator = replace(curvature_of(run, sides), tick=products.tick, note=products.note)
         solver = make_solver(run.options.stest, run.budget).prepare(operator)
         failed = _NotConverged()
         for block in todo:
@@ -154,47 +143,6 @@ class _Products:
         self._count += 1
         if self._count % 16 == 0:
             self._bar.advance(0, note=f"{self._count} batch products")
-
-
-def _solve_dtype(run: Opened) -> torch.dtype:
-    asked: str = run.options.stest.solve_dtype
-    if asked == "auto":
-        asked = "float64" if run.options.stest.solver == "exact" else stored_dtype(run.parameters, run.task)
-    return torch.float64 if asked == "float64" else torch.float32
-
-
-def _operator(run: Opened, sides: int) -> Curvature:
-    """The damped curvature over the training set, its micro-batch and cache chosen from the budget."""
-    task, n_train, dtype = run.task, len(run.task.train), _solve_dtype(run)
-    first = probe_batch(task, range(min(8, n_train)), run.device)
-    kept = activation_bytes(task, run.parameters, first) * (2 if dtype == torch.float64 else 1)
-    # One pass keeps, per sample, the activations once and their derivatives for each of the vectors.
-    room = min(run.budget // 4, HOST_WORKING_SET) if run.device.type == "cpu" else run.budget // 4
-    size = run.options.resources.batch_size or max(SMALLEST_BATCH, min(MAX_BATCH, room // (kept * (1 + sides))))
-    workers = run.options.resources.workers
-
-    bad = set(left_out(run))
-    rows = [index for index in range(n_train) if index not in bad]
-
-    def load() -> Iterable[Batch]:
-        groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-        return batches(task.train, "train", task.collate, groups, run.device, workers)
-
-    def pick(positions: Sequence[int]) -> Iterable[Batch]:
-        chosen = [rows[position] for position in positions]
-        groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-        return batches(task.train, "train", task.collate, groups, run.device)
-
-    return Curvature(
-        task=task,
-        parameters=run.parameters,
-        kind=run.options.stest.curvature,
-        batches=remembered(load, run.budget // 8),
-        pick=pick,
-        n_train=len(rows),
-        damping=run.options.stest.damping,
-        dtype=dtype,
-    )
 
 
 def _right_hand_sides(run: Opened, forms: Forms, block: Block) -> tuple[Tensor, dict[str, Tensor], Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Operator = Callable[[Tensor], Tensor]
+State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,32 @@ class Solution:
     reasons: tuple[str, ...]
 
 
+class Keeper(Protocol):
+    """Keeps the state of a long iteration, so that a kill loses minutes of it and not hours."""
+
+    def found(self) -> State | None:
+        """The state last kept for the very same system and right-hand sides, if any."""
+        ...
+
+    def offer(self, state: Callable[[], State]) -> None:
+        """Called after each iteration; keeps `state()` if the last one kept is some minutes old."""
+        ...
+
+
+class Forgetful:
+    """Keeps nothing."""
+
+    def found(self) -> None:
+        """Nothing."""
+
+    def offer(self, state: Callable[[], State]) -> None:
+        """Not kept."""
+
+
+FORGETFUL = Forgetful()
+Solve = Callable[..., "Solution"]
+
+
 class Solver(Protocol):
     """A frozen dataclass of options."""
 
@@ -33,8 +60,11 @@ class Solver(Protocol):
         """Raise `BadInput` if the solver cannot take `size` parameters; before anything is written."""
         ...
 
-    def prepare(self, operator: Operator) -> Callable[[Tensor], Solution]:
-        """Do what is done once for an operator; return the function that solves for right-hand sides."""
+    def prepare(self, operator: Operator) -> Solve:
+        """Do what is done once for an operator; return the function that solves `(rhs, keeper=FORGETFUL)`.
+
+        A solution that goes on from a state that was kept has the bits of one that was never interrupted.
+        """
         ...
 
 
