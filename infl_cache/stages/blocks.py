@@ -109,8 +109,7 @@ def _filled_blocks(run: Opened, forms: Forms, todo: Sequence[Block], timings: Ti
 
 def _captured(run: Opened, forms: Forms, todo: Sequence[Block], timings: Timings) -> Iterator[tuple[Batch, Captured]]:
     """Every micro-batch of the given blocks and its gradients; out of memory, it goes on with half the batch."""
-    size = run.options.resources.batch_size or run.folder.plan("grads")["batch_size"]
-    size = forms.at_once(size)
+    size = batch_size(run, forms)
     left = [range(block.start, block.stop) for block in todo]
     while left:
         groups = [group for rows in left for group in groups_of(rows.start, rows.stop, size)]
@@ -129,6 +128,11 @@ def _captured(run: Opened, forms: Forms, todo: Sequence[Block], timings: Timings
             log.warning(f"out of memory, going on with batches of {size} samples")
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def batch_size(run: Opened, forms: Forms) -> int:
+    """Training samples in one pass, as asked for or as planned."""
+    return forms.at_once(run.options.resources.batch_size or run.folder.plan("grads")["batch_size"])
 
 
 def _gradients(run: Opened, forms: Forms, batch: Batch) -> Captured:

@@ -48,5 +48,5 @@ def test_an_older_run_is_started_over_with_force(tmp_path):
     run = Run(tmp_path / "run", tasks.mlp(), **QUIET)
     run.all()
     aged(run.path)
-    Run(run.path, tasks.mlp(), **QUIET).all("all")
+    Run(run.path, tasks.mlp(), **QUIET).all(force=True)
     assert RunFolder(run.path).store("grads", "r+")

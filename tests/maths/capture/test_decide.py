@@ -178,7 +178,7 @@ def test_keys_are_safe_as_folders_and_never_those_of_other_arrays():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            for name in ("dense", "loss", "target", "digest", "plain_1", "größe", "a b", "..", long):
+            for name in ("dense", "dense_exponent", "loss", "target", "digest", "plain_1", "größe", "a b", "..", long):
                 self.register_module(name, nn.Linear(5, 5)) if "." not in name else None
             self.inner = nn.ModuleDict({"0": nn.Linear(5, 5), "dense": nn.Linear(5, 5)})
             self.head = nn.Linear(5, 3)
@@ -192,10 +192,10 @@ def test_keys_are_safe_as_folders_and_never_those_of_other_arrays():
     task = logistic(model=built(Model, torch.float64))
     forms, _ = decided(task)
     keys = {layer.module: layer.key for layer in forms.factored}
-    assert len(keys) == 11
-    assert len({key.lower() for key in keys.values()}) == 11
+    assert len(keys) == 12
+    assert len({key.lower() for key in keys.values()}) == 12
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]{1,199}", key) and not key.startswith(".") for key in keys.values())
-    assert {"dense", "loss", "target", "digest"}.isdisjoint(keys.values())
+    assert {"dense", "dense_exponent", "loss", "target", "digest"}.isdisjoint(keys.values())
     assert (keys["plain_1"], keys["inner.0"], keys["inner.dense"]) == ("plain_1", "inner.0", "inner.dense")
     assert agrees(task, forms)
 
