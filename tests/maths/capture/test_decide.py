@@ -157,7 +157,6 @@ def test_a_rule_and_a_module_alone_add_up_in_plain_columns(layer_forms):
     assert agrees(task, forms)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("wrap", [weight_norm, spectral_norm], ids=lambda each: each.__name__)
 def test_a_reparametrised_layer_is_taken_alone(wrap):
     model = built(lambda: nn.Sequential(wrap(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)), torch.float64)

@@ -340,7 +340,6 @@ class Checkpointed(nn.Module):
         return self.head(y.mean(2))
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("form", ["auto", "dense"])
 def test_activation_checkpoints_give_the_same_gradients(form):
     task = classified(built(Checkpointed, torch.float64), normal(12, 3, 4), 10)
@@ -568,7 +567,6 @@ def mixed(recurrent):
     return classified(built(lambda: Mixed(recurrent), torch.float64), labels(48, 7).reshape(12, 4), 10, 7)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("form", ["auto", "dense"])
 def test_a_model_that_mixes_all_ways_gives_the_products_of_whole_model_vmap(form):
     task = mixed(recurrent=False)
@@ -590,7 +588,6 @@ def test_a_model_that_mixes_all_ways_gives_the_products_of_whole_model_vmap(form
         assert relative_error(captured_rows(task, forms, size), gradient_rows(task, range(10))) < 1e-12
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("form", ["auto", "dense"])
 def test_a_recurrent_layer_among_others_is_the_only_one_that_is_looped_over(form):
     task = mixed(recurrent=True)
