@@ -126,7 +126,7 @@ class Run:
         """Gradients of the given training samples as plain rows (rows, n_params), rebuilt from factors."""
         forms = Forms.from_json(self.folder.plan("grads")["forms"])
         identity = self.folder.manifest.stages["grads"]["identity"]
-        if not identity["cache"]:
+        if not identity.get("cache", True):
             raise IncompleteStore(f"{self.path}: expected stored gradients, found a run that was made with --no-cache")
         store = self.folder.store("grads")
         kind = identity["dtype"] if identity["dtype"] not in NARROW else self.folder.plan("grads")["parameters_dtype"]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +54,14 @@ class ArrayLayout:
     def chunks(self) -> tuple[int, ...]:
         """Shape of one chunk."""
         return (self.chunk_rows, *self.chunk_row_shape)
+
+    @classmethod
+    def from_json(cls, each: Mapping[str, Any]) -> ArrayLayout:
+        """The layout that was written down as plain data."""
+        return cls(
+            str(each["path"]), int(each["n_rows"]), tuple(map(int, each["row_shape"])), str(each["dtype"]),
+            int(each["chunk_rows"]), tuple(map(int, each["chunk_row_shape"])), str(each.get("stands_for", "")),
+        )  # fmt: skip
 
 
 def blocks(n_rows: int, block_rows: int) -> tuple[Block, ...]:

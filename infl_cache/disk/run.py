@@ -156,17 +156,17 @@ class RunFolder:
         plan = self.plan(stage)
         for each in plan["metadata"]:
             self._check_file(FileRecord(**each), record_of_file)
-        return Store(self.path / OUTPUTS[stage][0], self.array_layouts(stage), mode, Codec(**plan["codec"]))
+        codec = Codec(**plan["codec"]) if "codec" in plan else None
+        if codec is None and mode != "r":
+            raise DamagedStore(
+                f"{self.path}: expected the codec of {stage} in manifest.json, found none: the run was begun by"
+                f" another version; finish it with that one, or start over with infl-cache {stage} --force"
+            )
+        return Store(self.path / OUTPUTS[stage][0], self.array_layouts(stage), mode, codec)
 
     def array_layouts(self, stage: str) -> tuple[ArrayLayout, ...]:
         """The arrays of the stage's store as they were laid out."""
-        return tuple(
-            ArrayLayout(
-                str(each["path"]), int(each["n_rows"]), tuple(map(int, each["row_shape"])), str(each["dtype"]),
-                int(each["chunk_rows"]), tuple(map(int, each["chunk_row_shape"])), str(each.get("stands_for", "")),
-            )
-            for each in self.plan(stage)["arrays"]
-        )  # fmt: skip
+        return tuple(ArrayLayout.from_json(each) for each in self.plan(stage)["arrays"])
 
     def plan(self, stage: str) -> dict[str, Any]:
         """The plan a stage was begun with; `IncompleteStore` if it was not."""

@@ -65,25 +65,21 @@ class StageResult:
 
 
 @contextmanager
-def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
-    """Lock the folder, put the model on its device in eval mode, catch signals; undo all of it on leaving."""
-    device = choose_device(options.resources.device)
-    task = dataclasses.replace(task, model=unwrapped(task.model))
-    parameters = select(task.model, task.parameters)
-    with folder.writing(), stop_between_blocks() as check, evaluating(task.model, device):
-        budget = memory_budget(options.resources.memory, device)
-        yield Opened(folder, task, options, parameters, device, budget, check, task_identity(task, parameters))
-
-
-@contextmanager
 def looked_at(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
-    """The same for plans: nothing is locked, made or written, and there is nothing to compare the task with."""
+    """Put the model on its device in eval mode; nothing is locked, made or written, nothing compared with the task."""
     device = choose_device(options.resources.device)
     task = dataclasses.replace(task, model=unwrapped(task.model))
     parameters = select(task.model, task.parameters)
     with evaluating(task.model, device):
         budget = memory_budget(options.resources.memory, device)
         yield Opened(folder, task, options, parameters, device, budget, lambda: None, {})
+
+
+@contextmanager
+def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
+    """`looked_at`, with the folder locked and signals caught; all of it is undone on leaving."""
+    with looked_at(folder, task, options) as run, folder.writing(), stop_between_blocks() as check:
+        yield dataclasses.replace(run, check=check, task_identity=task_identity(run.task, run.parameters))
 
 
 def choose_device(name: str) -> torch.device:

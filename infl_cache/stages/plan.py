@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from infl_cache.disk.codecs import Codec
-from infl_cache.disk.layout import Block
 from infl_cache.disk.trial import Trial, try_store
 from infl_cache.maths.capture import Forms, capture
 from infl_cache.maths.capture.cost import cost_of, scored
@@ -45,7 +44,6 @@ class GradsPlan:
     layers: tuple[PlannedLayer, ...]
     n_train: int
     n_params: int
-    itemsize: int
     batch_size: int
     block_rows: int
     compute_rate: float
@@ -87,7 +85,7 @@ def plan_grads(run: Opened) -> GradsPlan:
     size = run.parameters.size
     tile = max(1, run.budget // 4 // (size * 4))
     return GradsPlan(
-        tuple(_planned_layers(forms)), plan["n_rows"], size, bytes_a_number(dtype), plan["batch_size"],
+        tuple(_planned_layers(forms)), plan["n_rows"], size, plan["batch_size"],
         plan["block_rows"], compute_rate, rows / trial.write_seconds, rows / trial.read_seconds,
         trial.n_bytes / rows, -(-len(run.task.test) // tile), trial.free, plan.get("rounding"), tuple(notes),
     )  # fmt: skip
@@ -114,8 +112,7 @@ def _trial(run: Opened, forms: Forms, batch_size: int, dtype: str) -> tuple[floa
             seconds, timed = seconds + time.perf_counter() - started, timed + len(batch.indices)
     buffer.wait()
     codec = Codec(run.options.grads.codec, run.options.grads.level)
-    data = buffer.arrays(Block(0, 0, len(chosen)).rows)
-    return timed / seconds, len(chosen), try_store(run.folder.path, arrays, codec, data)
+    return timed / seconds, len(chosen), try_store(run.folder.path, arrays, codec, buffer.arrays(len(chosen)))
 
 
 def _planned_layers(forms: Forms) -> list[PlannedLayer]:
