@@ -33,8 +33,8 @@ class Rows:
 
 def output_rows(
     task: Task, forms: Forms, probe: Batch, dtype: torch.dtype, note: Callable[[str], None]
-) -> tuple[Task, Forms, int] | None:
-    """What is needed to capture rows of the outputs' Jacobian, and the bytes they take a sample; None if they cannot.
+) -> tuple[Task, Forms, int, int] | None:
+    """What is needed to capture rows of the outputs' Jacobian, the bytes and the rows of a sample; None if they cannot.
 
     One product with them is compared with one by differentiating twice.
     """
@@ -64,7 +64,7 @@ def output_rows(
     if not float((found - expected).norm()) <= bound * float(expected.norm()):
         note("products from captured rows differ from differentiating twice, which takes their place")
         return None
-    return task, forms, -(-rows.n_bytes // size)
+    return task, forms, -(-rows.n_bytes // size), count
 
 
 def in_dtype(task: Task, dtype: torch.dtype) -> Task:
