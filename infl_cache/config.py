@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 import re
 import reprlib
 import tomllib
@@ -102,6 +103,20 @@ class StestOptions:
 
 
 @dataclass(frozen=True)
+class SelectionOptions:
+    """What is asked: about which test samples, and about which quantity. More test samples can follow later."""
+
+    test: str | None = option(
+        None, "test samples by indices and slices, such as 0:1000 or 5,7,100:200 or all; those of before if not given"
+    )
+    test_per_class: int | None = option(None, "so many test samples of each class, the first ones by index", 1)
+    test_start: int = option(0, "with test-per-class: leave out the first so many of each class", 0)
+    measure: Literal["loss", "margin", "logit", "embedding-norm"] | None = option(
+        None, "what is explained of a test sample; that of the task if not given. Part of the identity of stage 2"
+    )
+
+
+@dataclass(frozen=True)
 class InfluenceOptions:
     """Stage 3: what is kept beside the matrix. Changing these recomputes rankings, never the matrix."""
 
@@ -125,12 +140,23 @@ class Resources:
     progress: bool = option(True, "progress bars (they are silent in a file anyway)")
 
 
-SECTIONS = {"grads": GradsOptions, "stest": StestOptions, "influence": InfluenceOptions, "resources": Resources}
+SECTIONS = {
+    "grads": GradsOptions,
+    "stest": StestOptions,
+    "selection": SelectionOptions,
+    "influence": InfluenceOptions,
+    "resources": Resources,
+}
+# What a value should have been, where the name of its type does not tell.
+EXPECTED = {
+    "memory": "a size such as 2GB or 512MiB",
+    "test": "a string such as '0:1000' or '5,7,100:200' (in a YAML file in quotes), or a list of indices",
+}
 
 
 @dataclass(frozen=True)
 class Options:
-    """All options, resolved; one flat mapping outside, four groups inside.
+    """All options, resolved; one flat mapping outside, five groups inside.
 
     >>> Options.resolve({"damping": 0.1, "memory": "2GB"}).resources.memory
     2000000000
@@ -138,6 +164,7 @@ class Options:
 
     grads: GradsOptions = GradsOptions()
     stest: StestOptions = StestOptions()
+    selection: SelectionOptions = SelectionOptions()
     influence: InfluenceOptions = InfluenceOptions()
     resources: Resources = Resources()
 
@@ -226,9 +253,11 @@ def _checked(spec: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
             raise BadInput(f"{name}: expected one of {', '.join(get_args(kind))}, found {found}")
         return value
     try:
+        if spec.name == "test":
+            value = _listed(value)
         value = parse_size(value) if spec.name == "memory" else _converted(kind, value)
-    except (ValueError, OverflowError):
-        expected = "a size such as 2GB or 512MiB" if spec.name == "memory" else kind.__name__
+    except (ValueError, OverflowError, TypeError):
+        expected = EXPECTED.get(spec.name, kind.__name__)
         raise BadInput(f"{name}: expected {expected}, found {found}") from None
     if kind in (int, float):
         _check_range(name, spec.metadata["low"], spec.metadata["high"], value)
@@ -244,6 +273,12 @@ def _converted(kind: type, value: Any) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError
     return value
+
+
+def _listed(value: Any) -> Any:
+    """Indices in a list, an array or a range as text; anything else as it is."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return ",".join(str(operator.index(each)) for each in value) if isinstance(value, (list, tuple, range)) else value
 
 
 def _check_range(name: str, low: float | None, high: float | None, value: float) -> None:

@@ -174,7 +174,7 @@ class RunFolder:
         self._finish_growth(stage)
         begin_growth(self.path, self.plan(stage), n_rows)
         self._write_run_yaml()
-        self.remember(stage, **facts)
+        self.remember(stage, n_rows=n_rows, **facts)
         self._finish_growth(stage)
 
     def _finish_growth(self, stage: str) -> None:

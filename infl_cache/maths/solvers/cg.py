@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from infl_cache.maths.solvers.base import Operator, Solution, norms
+from infl_cache.maths.solvers.base import FORGETFUL, Operator, Solution, Solve, norms
 
 RESTARTS = 5
 INDEFINITE = "met a direction of negative curvature; use ggn or more damping"
@@ -28,9 +27,9 @@ class CG:
     def check(self, size: int) -> None:
         """Any number of parameters will do."""
 
-    def prepare(self, operator: Operator) -> Callable[[Tensor], Solution]:
+    def prepare(self, operator: Operator) -> Solve:
         """Nothing is done once."""
-        return lambda rhs: self._solve(operator, rhs)
+        return lambda rhs, keeper=FORGETFUL: self._solve(operator, rhs)
 
     def _solve(self, operator: Operator, rhs: Tensor) -> Solution:
         size = norms(rhs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infl_cache.errors import BadInput
-from infl_cache.maths.solvers.base import Operator, Solution, relative_residual
+from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution, Solve, relative_residual
 
 MAX_PARAMETERS = 20_000
 SINGULAR = "the matrix is singular or nearly so; use more damping"
@@ -42,11 +42,11 @@ class Exact:
                 f" {self.memory:,}; give more --memory, or use --solver cg"
             )
 
-    def prepare(self, operator: Operator) -> Callable[[Tensor], Solution]:
+    def prepare(self, operator: Operator) -> Solve:
         """Build on the first right-hand side, whose length is the matrix's."""
         factor: list[Callable[[Tensor], Tensor]] = []
 
-        def solved(rhs: Tensor) -> Solution:
+        def solved(rhs: Tensor, keeper: Keeper = FORGETFUL) -> Solution:
             self.check(rhs.shape[1])
             if not factor:
                 factor.append(_factorised(self._matrix(operator, rhs)))

@@ -10,14 +10,13 @@ from scale and damping, the batch by doubling it when the residual no longer fal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from infl_cache.maths.curvature import Curvature, largest_eigenvalue
-from infl_cache.maths.solvers.base import Operator, Solution, norms, relative_residual
+from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution, Solve, norms, relative_residual
 
 FIRST_BATCH = 128
 MAX_DOUBLINGS = 12
@@ -45,14 +44,14 @@ class LiSSA:
     def check(self, size: int) -> None:
         """Any number of parameters will do."""
 
-    def prepare(self, operator: Operator) -> Callable[[Tensor], Solution]:
+    def prepare(self, operator: Operator) -> Solve:
         """Estimate the scale once; the operator must be a `Curvature`, whose single batches are sampled."""
         if not isinstance(operator, Curvature):
             raise TypeError(f"LiSSA samples the curvature: expected a Curvature, found {type(operator).__name__}")
         known: list[float] = [] if self.scale is None else [self.scale]
         smallest: list[float] = [operator.shift] if operator.kind == "ggn" else []
 
-        def solved(rhs: Tensor) -> Solution:
+        def solved(rhs: Tensor, keeper: Keeper = FORGETFUL) -> Solution:
             if not known:
                 # A third above the estimate: it comes from below, and single batches curve more than the mean.
                 known.append(1.33 * largest_eigenvalue(operator, rhs.shape[1], rhs[:1]) + 1e-12)
