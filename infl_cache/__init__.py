@@ -14,6 +14,7 @@ from infl_cache.errors import (
     Interrupted,
     Locked,
 )
+from infl_cache.maths import measures
 from infl_cache.maths.task import Task, load_task
 from infl_cache.pipeline import Run
 from infl_cache.stages.rank import Ranking
@@ -34,4 +35,5 @@ __all__ = [
     "Run",
     "Task",
     "load_task",
+    "measures",
 ]

@@ -18,14 +18,17 @@ from infl_cache.maths.capture import Forms, rows_of
 from infl_cache.maths.narrow import NARROW
 from infl_cache.maths.task import Task
 from infl_cache.stages import rank
+from infl_cache.stages.blocks import some
 from infl_cache.stages.grads import grads
-from infl_cache.stages.influence import influence, require_sound_matrix
+from infl_cache.stages.influence import influence
 from infl_cache.stages.opening import Opened, StageResult, looked_at, opened
 from infl_cache.stages.plan import GradsPlan, plan_grads
 from infl_cache.stages.same import check_same_task
+from infl_cache.stages.selection import as_text, count_of_tests, held_tests
 from infl_cache.stages.status import Status, status
 from infl_cache.stages.stest import stest
 from infl_cache.stages.stored import stored_gradients
+from infl_cache.stages.tiles import matrix_tests, require_sound_matrix, sign_of
 
 Stage = Callable[[Opened, Force], StageResult]
 STAGES: dict[str, Stage] = {"grads": grads, "stest": stest, "influence": influence}
@@ -69,7 +72,7 @@ class Run:
         # How the task was named on the command line, kept so that run.yaml runs again.
         self.reference: dict[str, Any] = {"task": None, "task_args": {}}
         self.folder = RunFolder(self.path)
-        self.options = Options.resolve({**inherited_options(self.folder, options.get("solver")), **options})
+        self.options = Options.resolve({**inherited_options(self.folder, options), **options})
         # The matrix file when its checksums were last compared: its size and time of change.
         self._sound: tuple[int, int] | None = None
 
@@ -78,7 +81,7 @@ class Run:
         return self._stage("grads", force)
 
     def stest(self, force: bool = False) -> StageResult:
-        """Stage 2: s_test of every test sample into `s_test.zarr`."""
+        """Stage 2: s_test of the test samples that are asked for into `s_test.zarr`."""
         return self._stage("stest", force)
 
     def influence(self, force: bool = False) -> StageResult:
@@ -97,16 +100,18 @@ class Run:
             return plan_grads(run)
 
     def scores(self) -> NDArray[np.float32]:
-        """The influence matrix as a read-only memory map, float32 (n_test, n_train).
+        """The influence matrix as a read-only memory map, float32 (n_test, n_train): row j is of test sample j.
 
+        Rows of test samples that the run was not asked about are NaN.
         Its checksums are compared the first time, and again when the file has changed.
         """
         file = self.path / "influence.npy"
         if not file.exists():
             raise IncompleteStore(f"{file}: expected a finished matrix, found none; run infl-cache influence first")
+        self.folder = RunFolder(self.path)
+        self.folder.require_complete("influence")
         now = (file.stat().st_size, file.stat().st_mtime_ns)
         if self._sound != now:
-            self.folder = RunFolder(self.path)
             require_sound_matrix(self.folder)
             if self.task is not None:
                 check_same_task(self.folder, self.task)
@@ -114,16 +119,28 @@ class Run:
         matrix: NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
         return matrix
 
+    @property
+    def tests(self) -> NDArray[np.int64]:
+        """The test samples that the run was asked about, done or not, in the order of the rows of `s_test.zarr`."""
+        self.folder = RunFolder(self.path)
+        return held_tests(self.folder)
+
     def helpful(self, j: int, k: int = 10) -> rank.Ranking:
-        """The k training samples that help test sample j most: ids and influences, the most negative first."""
-        return rank.helpful(self._row(j, k), k)
+        """The k training samples that help test sample j most: ids and influences, the most negative first.
+
+        With the measures `margin` and `logit`, which are better when higher, the most positive first.
+        """
+        row = self._row(j, k)
+        return rank.helpful(row, k, sign_of(self.folder))
 
     def harmful(self, j: int, k: int = 10) -> rank.Ranking:
-        """The k training samples that harm test sample j most: ids and influences, the most positive first."""
-        return rank.harmful(self._row(j, k), k)
+        """The k training samples that harm test sample j most: ids and influences, the other end of `helpful`."""
+        row = self._row(j, k)
+        return rank.harmful(row, k, sign_of(self.folder))
 
     def grad_z(self, rows: int | slice | Sequence[int]) -> NDArray[np.floating[Any]]:
         """Gradients of the given training samples as plain rows (rows, n_params), rebuilt from factors."""
+        self.folder = RunFolder(self.path)
         forms = Forms.from_json(self.folder.plan("grads")["forms"])
         identity = self.folder.manifest.stages["grads"]["identity"]
         if not identity.get("cache", True):
@@ -137,12 +154,23 @@ class Run:
             rebuilt: NDArray[Any] = rows_of(forms, factors, dense).numpy()
             return rebuilt
 
-        return self._vectors("grads", rows, read)
+        wanted = row_numbers(rows, self.folder.plan("grads")["n_rows"], "grads")
+        return self._vectors("grads", wanted, read, isinstance(rows, (int, np.integer)))
 
     def s_test(self, rows: int | slice | Sequence[int]) -> NDArray[np.floating[Any]]:
         """s_test of the given test samples as plain rows (rows, n_params)."""
-        store = self.folder.store("stest")
-        return self._vectors("stest", rows, lambda block: store.read_block(block, ["s_test"])["s_test"])
+        self.folder = RunFolder(self.path)
+        store, samples = self.folder.store("stest"), self.folder.samples("stest")
+        wanted = row_numbers(rows, count_of_tests(self.folder), "stest")
+        place = {int(sample): row for row, sample in enumerate(samples) if sample >= 0}
+        if missing := [test for test in wanted if test not in place]:
+            raise self._not_asked(missing, held_tests(self.folder))
+        return self._vectors(
+            "stest",
+            [place[test] for test in wanted],
+            lambda block: store.read_block(block, ["s_test"])["s_test"],
+            isinstance(rows, (int, np.integer)),
+        )
 
     def status(self) -> Status:
         """What is done and what is left; reads only, also while another process is writing."""
@@ -161,14 +189,21 @@ class Run:
             raise BadInput(f"test sample: expected 0 to {len(scores) - 1}, found {j}")
         if k < 1:
             raise BadInput(f"k: expected at least 1, found {k}")
+        if j not in (asked := matrix_tests(self.folder)):
+            raise self._not_asked([j], asked)
         return np.array(scores[j])
 
+    def _not_asked(self, missing: list[int], asked: NDArray[np.int64]) -> IncompleteStore:
+        held = as_text(asked, count_of_tests(self.folder))
+        return IncompleteStore(
+            f"{self.path}: expected test samples that it was asked about ({short(held)}), found {some(missing)};"
+            f" run infl-cache stest and influence with --test {as_text(missing, 0)[:60]}"
+        )
+
     def _vectors(
-        self, stage: str, rows: int | slice | Sequence[int], read: Callable[[Block], NDArray[Any]]
+        self, stage: str, wanted: list[int], read: Callable[[Block], NDArray[Any]], single: bool
     ) -> NDArray[Any]:
-        """Rows of a store in the order asked for; a single index gives one row."""
-        n_rows = self.folder.plan(stage)["n_rows"]
-        wanted = row_numbers(rows, n_rows, stage)
+        """Rows of a store in the order asked for; a single one as a vector."""
         records, every = self.folder.records(stage), self.folder.stage_blocks(stage)
         together: NDArray[Any] | None = None
         for index, positions in rows_by_block(wanted, self.folder.plan(stage)["block_rows"]).items():
@@ -183,7 +218,7 @@ class Run:
             together[positions] = values
         if together is None:
             return np.empty((0, int((self.folder.manifest.task or {}).get("n_params", 0))))
-        return together[0] if isinstance(rows, (int, np.integer)) else together
+        return together[0] if single else together
 
 
 def row_numbers(rows: int | slice | Sequence[int], n_rows: int, stage: str) -> list[int]:
@@ -196,15 +231,17 @@ def row_numbers(rows: int | slice | Sequence[int], n_rows: int, stage: str) -> l
     return [int(row) for row in asked]
 
 
-def inherited_options(folder: RunFolder, solver: str | None = None) -> Mapping[str, Any]:
+def inherited_options(folder: RunFolder, given: Mapping[str, Any]) -> Mapping[str, Any]:
     """The options of `run.yaml` that decide numbers: what was chosen once holds until it is changed on purpose.
 
-    Options of one solver are not handed to another.
+    Options of one solver are not handed to another, nor one choice of test samples to another.
     """
     if not folder.exists or not (folder.path / "run.yaml").exists():
         return {}
     stored = read_config_file(folder.path / "run.yaml")
     numeric = {name for name, section, _ in option_fields() if section != "resources"}
-    if solver not in (None, stored.get("solver")):
+    if given.get("solver") not in (None, stored.get("solver")):
         numeric -= {"tolerance", "max_iterations", "scale", "depth", "repeats", "sample_batch", "solve_dtype"}
+    if given.get("test") is not None or given.get("test_per_class") is not None or given.get("test_start"):
+        numeric -= {"test", "test_per_class", "test_start"}
     return {name: value for name, value in stored.items() if name in numeric}

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 CHUNK_BYTES = 16 * 2**20
 BLOCK_BYTES = 256 * 2**20
@@ -44,6 +45,8 @@ class ArrayLayout:
     chunk_row_shape: tuple[int, ...]
     # The element type whose bits are stored, where zarr has no name for it.
     stands_for: str = ""
+    # What a row that was never written reads as, where the type has no NaN.
+    fill: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,6 +64,7 @@ class ArrayLayout:
         return cls(
             str(each["path"]), int(each["n_rows"]), tuple(map(int, each["row_shape"])), str(each["dtype"]),
             int(each["chunk_rows"]), tuple(map(int, each["chunk_row_shape"])), str(each.get("stands_for", "")),
+            int(each.get("fill", 0)),
         )  # fmt: skip
 
 
@@ -77,6 +81,74 @@ def blocks(n_rows: int, block_rows: int) -> tuple[Block, ...]:
     )
 
 
+def span_blocks(spans: Iterable[Sequence[int]], block_rows: int) -> tuple[Block, ...]:
+    """Spans of rows `[start, stop]`, each from a multiple of `block_rows` on, cut into blocks numbered throughout.
+
+    >>> [(b.index, b.start, b.stop) for b in span_blocks([[0, 6], [8, 11]], 4)]
+    [(0, 0, 4), (1, 4, 6), (2, 8, 11)]
+    """
+    found: list[Block] = []
+    for start, stop in spans:
+        if start % block_rows:
+            raise ValueError(f"expected a span from a multiple of {block_rows} on, found row {start}")
+        for each in blocks(stop - start, block_rows):
+            found.append(Block(len(found), start + each.start, start + each.stop))
+    return tuple(found)
+
+
+def as_ranges(numbers: Iterable[int]) -> list[list[int]]:
+    """Numbers in their order, as few `[start, stop, step]` of Python's ranges.
+
+    >>> as_ranges([0, 1, 2, 7, 10, 12, 14])
+    [[0, 3, 1], [7, 8, 1], [10, 15, 2]]
+    """
+    left, found = [int(number) for number in numbers], []
+    place = 0
+    while place < len(left):
+        step = left[place + 1] - left[place] if place + 1 < len(left) else 1
+        end = place + 1
+        while end < len(left) and left[end] - left[end - 1] == step:
+            end += 1
+        if end - place < 3 and step != 1:
+            end, step = place + 1, 1
+        found.append([left[place], left[end - 1] + (1 if step > 0 else -1), step])
+        place = end
+    return found
+
+
+def from_ranges(ranges: Iterable[Sequence[int]]) -> NDArray[np.int64]:
+    """The inverse of `as_ranges`."""
+    return np.array([number for each in ranges for number in range(*each)], np.int64)
+
+
+def samples_of(plan: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Which sample each row of a store belongs to, by its plan; -1 for rows between two spans, which hold none.
+
+    >>> samples_of({"spans": [[0, 2], [4, 5]], "samples": [[7, 9, 1], [3, 4, 1]]}).tolist()
+    [7, 8, -1, -1, 3]
+    """
+    if "samples" not in plan:
+        return np.arange(plan["n_rows"])
+    found = np.full(plan["spans"][-1][1], -1, np.int64)
+    found[np.concatenate([np.arange(start, stop) for start, stop in plan["spans"]])] = from_ranges(plan["samples"])
+    return found
+
+
+def consecutive(numbers: Sequence[int] | NDArray[np.int64]) -> Iterator[tuple[int, slice]]:
+    """Runs of numbers that count up by one: the first of each and where it lies.
+
+    >>> list(consecutive([4, 5, 6, 2, 3]))
+    [(4, slice(0, 3, None)), (2, slice(3, 5, None))]
+    """
+    values = np.asarray(numbers, np.int64)
+    ends = [*(np.flatnonzero(np.diff(values) != 1) + 1).tolist(), len(values)]
+    start = 0
+    for end in ends:
+        if start < end:
+            yield int(values[start]), slice(start, end)
+        start = end
+
+
 def choose_block_rows(n_rows: int, row_bytes: int, budget: int) -> int:
     """Rows a block: a power of two near `BLOCK_BYTES`, within `budget` bytes, at most `MAX_BLOCK_ROWS`.
 
@@ -90,7 +162,7 @@ def choose_block_rows(n_rows: int, row_bytes: int, budget: int) -> int:
 
 
 def array_layout(
-    path: str, n_rows: int, row_shape: tuple[int, ...], dtype: str, block_rows: int, stands_for: str = ""
+    path: str, n_rows: int, row_shape: tuple[int, ...], dtype: str, block_rows: int, stands_for: str = "", fill: int = 0
 ) -> ArrayLayout:
     """Chunks of at most `CHUNK_BYTES`: as many rows of the block as fit, else one row cut along its first axis.
 
@@ -108,7 +180,7 @@ def array_layout(
         while math.prod(chunk_row) * itemsize * rows > CHUNK_BYTES and chunk_row[axis] > 1:
             chunk_row[axis] = -(-chunk_row[axis] // 2)
     stands_for = "" if stands_for == dtype else stands_for
-    return ArrayLayout(path, n_rows, tuple(row_shape), dtype, rows, tuple(chunk_row), stands_for)
+    return ArrayLayout(path, n_rows, tuple(row_shape), dtype, rows, tuple(chunk_row), stands_for, fill)
 
 
 def chunk_keys(layout: ArrayLayout, block: Block) -> list[str]:

@@ -104,6 +104,17 @@ class Ledger:
         self._connection.close()
 
 
+def done_in(path: Path, stage: str) -> dict[int, BlockRecord]:
+    """The committed blocks of `stage` by a look into the ledger in `path`; none where there is no file."""
+    if not path.exists():
+        return {}
+    ledger = Ledger(path, read_only=True)
+    try:
+        return ledger.done(stage)
+    finally:
+        ledger.close()
+
+
 def _record(stage: str, row: Sequence[Any], files: Sequence[FileRecord]) -> BlockRecord:
     block, start, stop, digest, nonfinite, bad_rows, seconds, committed = row
     bad = tuple(int(each) for each in json.loads(bad_rows))

@@ -6,15 +6,20 @@ Mapped pages would count as memory of this process; `pwrite` leaves them to the 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from infl_cache.disk.durable import sync_file
+from infl_cache.disk.layout import consecutive
 from infl_cache.errors import DamagedStore
 
 Floats = NDArray[np.float32]
+Rows = Sequence[int] | NDArray[np.int64]
+# Numbers that are written at a time where there is nothing to say.
+PIECE = 1 << 20
 
 
 class MatrixFile:
@@ -59,6 +64,19 @@ class MatrixFile:
             values[row] = np.frombuffer(data, np.float32)
         return values
 
+    def write_rows(self, rows: Rows, column: int, values: Floats) -> None:
+        """Put each row of `values` at the row that `rows` names, from `column` on."""
+        for first, part in consecutive(rows):
+            self.write(first, column, values[part])
+
+    def read_rows(self, rows: Rows, column: int = 0, columns: int | None = None) -> Floats:
+        """The rows that `rows` names, in that order."""
+        columns = self.shape[1] - column if columns is None else columns
+        values = np.empty((len(rows), columns), np.float32)
+        for first, part in consecutive(rows):
+            values[part] = self.read(first, first + part.stop - part.start, column, columns)
+        return values
+
     def sync(self) -> None:
         """Return once everything written is on the disk."""
         os.fsync(self._descriptor)
@@ -71,11 +89,21 @@ class MatrixFile:
         return self._offset + 4 * (row * self.shape[1] + column)
 
 
-def create_matrix(path: Path, shape: tuple[int, int]) -> None:
-    """An empty float32 matrix of `shape` on the disk; its tiles are worth nothing until the ledger names them."""
+def create_matrix(path: Path, shape: tuple[int, int], empty: Rows = ()) -> None:
+    """An empty float32 matrix of `shape` on the disk; its tiles are worth nothing until the ledger names them.
+
+    The rows `empty` belong to no tile and are NaN: a hole of the file would read as an influence of zero.
+    """
     with open(path, "wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + 4 * shape[0] * shape[1])
+        offset = file.tell()
+        file.truncate(offset + 4 * shape[0] * shape[1])
+        nothing = np.full(PIECE, np.nan, "<f4").tobytes()
+        for first, part in consecutive(empty):
+            file.seek(offset + 4 * first * shape[1])
+            left = 4 * (part.stop - part.start) * shape[1]
+            while left:
+                left -= file.write(nothing[:left])
     sync_file(path)
     sync_file(path.parent)

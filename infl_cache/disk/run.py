@@ -9,15 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
-from infl_cache.disk.codecs import Codec
+from infl_cache.disk.codecs import Codec, planned_codec
 from infl_cache.disk.durable import disk_full_is_said, make_folders, remove, write_atomically
-from infl_cache.disk.layout import ArrayLayout, Block, blocks
-from infl_cache.disk.ledger import BlockRecord, FileRecord, Ledger
+from infl_cache.disk.growth import begin_growth, check_metadata, finish_growth
+from infl_cache.disk.layout import ArrayLayout, Block, samples_of, span_blocks
+from infl_cache.disk.ledger import BlockRecord, FileRecord, Ledger, done_in
 from infl_cache.disk.lock import only_writer
 from infl_cache.disk.manifest import Identity, Manifest, differences, fingerprint
-from infl_cache.disk.store import Store, create_store, record_of_chunk, record_of_file
+from infl_cache.disk.store import Store, check_file, create_store, record_of_chunk, record_of_file
 from infl_cache.disk.sweep import OUTPUTS, forget_unbegun, refuse_other_folders, remove_leftovers
 from infl_cache.errors import BadInput, DamagedStore, ForeignRun, IncompleteStore
 
@@ -153,16 +156,31 @@ class RunFolder:
 
     def store(self, stage: str, mode: str = "r") -> Store:
         """The stage's zarr store, after its metadata files have been compared with the manifest."""
+        if mode == "r+":
+            self._finish_growth(stage)
+        try:
+            check_metadata(self.path, self.plan(stage))
+        except DamagedStore:
+            # To a reader the store may have grown since the manifest was read.
+            before, self.manifest = self.manifest, Manifest.read(self.path / "manifest.json")
+            if self._ledger is not None or self.manifest == before:
+                raise
+            check_metadata(self.path, self.plan(stage))
         plan = self.plan(stage)
-        for each in plan["metadata"]:
-            self._check_file(FileRecord(**each), record_of_file)
-        codec = Codec(**plan["codec"]) if "codec" in plan else None
-        if codec is None and mode != "r":
-            raise DamagedStore(
-                f"{self.path}: expected the codec of {stage} in manifest.json, found none: the run was begun by"
-                f" another version; finish it with that one, or start over with infl-cache {stage} --force"
-            )
+        codec = planned_codec(plan, mode == "r+", self.path, stage)
         return Store(self.path / OUTPUTS[stage][0], self.array_layouts(stage), mode, codec)
+
+    def grow(self, stage: str, n_rows: int, **facts: Any) -> None:
+        """Give the stage's store at least `n_rows` rows, and its plan the facts that speak of them."""
+        self._finish_growth(stage)
+        begin_growth(self.path, self.plan(stage), n_rows)
+        self._write_run_yaml()
+        self.remember(stage, n_rows=n_rows, **facts)
+        self._finish_growth(stage)
+
+    def _finish_growth(self, stage: str) -> None:
+        if finish_growth(self.path, self.plan(stage)):
+            self._write_manifest()
 
     def array_layouts(self, stage: str) -> tuple[ArrayLayout, ...]:
         """The arrays of the stage's store as they were laid out."""
@@ -190,25 +208,21 @@ class RunFolder:
         """All blocks of a stage, done or not."""
         plan = self.plan(stage)
         try:
-            return blocks(plan["n_rows"], plan["block_rows"])
+            return span_blocks(plan.get("spans", [[0, plan["n_rows"]]]), plan["block_rows"])
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedStore(f"{self.path / 'manifest.json'}: the plan of {stage} is damaged ({error})") from error
+
+    def samples(self, stage: str) -> NDArray[np.int64]:
+        """Which sample each row of the stage's store belongs to; -1 for rows between two spans, which hold none."""
+        return samples_of(self.plan(stage))
 
     def records(self, stage: str) -> dict[int, BlockRecord]:
         """What the ledger says of `stage`, by block, without a look at the files.
 
         Raises `DamagedStore` if a record's rows are not those of the stage's plan.
         """
-        if self._ledger is not None:
-            found = self._ledger.done(stage)
-        elif (self.path / "ledger.sqlite").exists():
-            ledger = Ledger(self.path / "ledger.sqlite", read_only=True)
-            try:
-                found = ledger.done(stage)
-            finally:
-                ledger.close()
-        else:
-            found = {}
+        ledger = self.path / "ledger.sqlite"
+        found = self._ledger.done(stage) if self._ledger is not None else done_in(ledger, stage)
         planned = {block.index: (block.start, block.stop) for block in self.stage_blocks(stage)} if found else {}
         for index, record in found.items():
             if planned.get(index) != (record.start, record.stop):
@@ -228,7 +242,7 @@ class RunFolder:
     def check_block(self, record: BlockRecord) -> None:
         """Raise `DamagedStore` that names file and rows unless the block's files are as committed."""
         for file in record.files:
-            self._check_file(file, record_of_chunk, f" (rows {record.start} to {record.stop - 1})")
+            check_file(self.path, file, record_of_chunk, f" (rows {record.start} to {record.stop - 1})")
 
     def require_complete(self, stage: str) -> dict[int, BlockRecord]:
         """The records of a finished stage; `IncompleteStore` with the figures if it is not."""
@@ -264,7 +278,8 @@ class RunFolder:
 
     def _enter(self, stage: str, task: Identity, identity: Identity, plan: dict[str, Any]) -> None:
         self.manifest.task = task
-        chosen = identity if stage in ("grads", "stest") else ()
+        # `test` of an identity is the test set, the option of that name a choice of its samples.
+        chosen = identity.keys() - {"test"} if stage in ("grads", "stest") else ()
         self.manifest.stages[stage] = {
             "identity": identity,
             "fingerprint": fingerprint({"task": task, "stage": identity}),
@@ -282,19 +297,3 @@ class RunFolder:
         head = "# Written by infl_cache. Runs again as it is: infl-cache run --config run.yaml\n"
         text = head + yaml.safe_dump(dict(self.configuration), sort_keys=False)
         write_atomically(self.path / "run.yaml", text.encode())
-
-    def _check_file(self, expected: FileRecord, recorder: Any, rows: str = "") -> None:
-        file = self.path / expected.path
-        if ".." in Path(expected.path).parts or Path(expected.path).is_absolute():
-            raise DamagedStore(f"{self.path}: expected file names inside the folder, found {expected.path!r}")
-        try:
-            found = recorder(self.path, file)
-        except FileNotFoundError:
-            raise DamagedStore(
-                f"{file}{rows}: expected {expected.size} bytes, found no file; --force starts over"
-            ) from None
-        if found != expected:
-            raise DamagedStore(
-                f"{file}{rows}: expected {expected.size} bytes with checksum {expected.crc:08x},"
-                f" found {found.size} with {found.crc:08x}; restore the file, or --force starts the stage over"
-            )

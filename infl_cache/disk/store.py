@@ -142,6 +142,11 @@ class Store:
                     f"{self.folder / path}: rows {block.start} to {block.stop - 1} cannot be read"
                     f" ({' '.join(str(error).split())[:120]}); restore the file or start the stage over with --force"
                 ) from error
+            if len(read[path]) != block.rows:  # zarr cuts a slice that goes beyond its array, in silence
+                raise DamagedStore(
+                    f"{self.folder / path}: expected rows {block.start} to {block.stop - 1}, found"
+                    f" {len(read[path])} of them; restore {METADATA}, or start the stage over with --force"
+                )
         return read
 
 
@@ -177,7 +182,7 @@ def _fill_value(layout: ArrayLayout) -> float | int:
     """What a missing chunk reads as: NaN, also in the bits of a bfloat16."""
     if layout.stands_for == "bfloat16":
         return 0x7FC0
-    return float("nan") if np.dtype(layout.dtype).kind == "f" else 0
+    return float("nan") if np.dtype(layout.dtype).kind == "f" else layout.fill
 
 
 def _attributes(layout: ArrayLayout) -> dict[str, Any]:
@@ -199,3 +204,21 @@ def record_of_chunk(root: Path, file: Path) -> FileRecord:
 def record_of_file(root: Path, file: Path) -> FileRecord:
     """Size and checksum of any other file."""
     return FileRecord(file.relative_to(root).as_posix(), file.stat().st_size, crc32c_of_file(file))
+
+
+def check_file(root: Path, expected: FileRecord, recorder: Callable[[Path, Path], FileRecord], rows: str = "") -> None:
+    """`DamagedStore` that names the file (and its rows) unless it has the size and checksum that were recorded."""
+    file = root / expected.path
+    if ".." in Path(expected.path).parts or Path(expected.path).is_absolute():
+        raise DamagedStore(f"{root}: expected file names inside the folder, found {expected.path!r}")
+    try:
+        found = recorder(root, file)
+    except FileNotFoundError:
+        raise DamagedStore(
+            f"{file}{rows}: expected {expected.size} bytes, found no file; --force starts over"
+        ) from None
+    if found != expected:
+        raise DamagedStore(
+            f"{file}{rows}: expected {expected.size} bytes with checksum {expected.crc:08x},"
+            f" found {found.size} with {found.crc:08x}; restore the file, or --force starts the stage over"
+        )

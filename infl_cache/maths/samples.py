@@ -126,6 +126,18 @@ def groups_of(start: int, stop: int, size: int) -> list[range]:
     return [range(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
+def groups_among(indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    """The given indices in groups of at most `size`; consecutive ones as a range, which is loaded faster.
+
+    >>> groups_among([3, 4, 5, 9], 2)
+    [range(3, 5), [5, 9]]
+    """
+    groups = [indices[i : i + size] for i in range(0, len(indices), size)]
+    return [
+        range(each[0], each[-1] + 1) if list(each) == list(range(each[0], each[-1] + 1)) else each for each in groups
+    ]
+
+
 def spread(n: int, count: int) -> list[int]:
     """At most `count` different indices below `n`, evenly spread, first and last included.
 

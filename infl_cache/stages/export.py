@@ -19,8 +19,8 @@ from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput
 from infl_cache.progress import progress
 from infl_cache.stages import rank
-from infl_cache.stages.influence import require_sound_matrix
 from infl_cache.stages.report import stored_column
+from infl_cache.stages.tiles import matrix_tests, require_sound_matrix, sign_of
 
 FORMATS = ("json", "csv")
 CSV_HEADER = (
@@ -41,6 +41,7 @@ def export(folder: RunFolder, kind: str, out: Path | None = None, top_k: int | N
     JSON: `{test id: {"label", "num_in_dataset", "time_calc_influence_s", "influence", "harmful", "helpful"}}`,
     `influence` over all training samples, `helpful` and `harmful` training ids sorted by strength (all, or
     `top_k`). CSV: a row for each of the `top_k` (100 by default) most helpful and most harmful of each test sample.
+    Test samples that the run was not asked about are left out.
     """
     if kind not in FORMATS:
         raise BadInput(f"format: expected one of {', '.join(FORMATS)}, found {kind!r}")
@@ -56,22 +57,22 @@ def export(folder: RunFolder, kind: str, out: Path | None = None, top_k: int | N
         raise BadInput(f"{path}: cannot be written ({error}); choose another --out") from error
     records = folder.records("influence").values()
     test_labels, train_labels = stored_column(folder, "stest", "target"), stored_column(folder, "grads", "target")
-    matrix = MatrixFile(folder.path / "influence.npy")
-    seconds = sum(record.seconds for record in records) / matrix.shape[0]
+    matrix, tests, sign = MatrixFile(folder.path / "influence.npy"), matrix_tests(folder), sign_of(folder)
+    seconds = sum(record.seconds for record in records) / len(tests)
     try:
-        with _replacing(path) as file, progress("export", matrix.shape[0], unit="test sample", show=show) as bar:
-            rows = _rows(matrix, bar)
+        with _replacing(path) as file, progress("export", len(tests), unit="test sample", show=show) as bar:
+            rows = _rows(matrix, tests, bar)
             if kind == "json":
-                _write_json(file, rows, test_labels, seconds, top_k)
+                _write_json(file, rows, test_labels, seconds, top_k, sign)
             else:
-                _write_csv(file, rows, test_labels, train_labels, top_k or 100)
+                _write_csv(file, rows, test_labels, train_labels, top_k or 100, sign)
     finally:
         matrix.close()
     return path
 
 
-def _rows(matrix: MatrixFile, bar: Any) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    for index in range(matrix.shape[0]):
+def _rows(matrix: MatrixFile, tests: NDArray[np.int64], bar: Any) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    for index in tests.tolist():
         yield index, matrix.read(index, index + 1)[0]
         bar.advance(1)
 
@@ -82,31 +83,35 @@ def _write_json(
     labels: NDArray[np.float64],
     seconds: float,
     k: int | None,
+    sign: int,
 ) -> None:
     """One test sample at a time, so that no more than one row is ever held as text."""
     file.write("{")
-    for index, row in rows:
+    for place, (index, row) in enumerate(rows):
         count = len(row) if k is None else k
         entry = {
             "label": number(labels[index]),
             "num_in_dataset": index,
             "time_calc_influence_s": seconds,
             "influence": [value if np.isfinite(value) else None for value in row.tolist()],
-            "harmful": rank.harmful(row, count).ids.tolist(),
-            "helpful": rank.helpful(row, count).ids.tolist(),
+            "harmful": rank.harmful(row, count, sign).ids.tolist(),
+            "helpful": rank.helpful(row, count, sign).ids.tolist(),
         }
-        file.write(f"{',' if index else ''}\n{json.dumps(str(index))}: {json.dumps(entry, allow_nan=False)}")
+        file.write(f"{',' if place else ''}\n{json.dumps(str(index))}: {json.dumps(entry, allow_nan=False)}")
     file.write("\n}\n")
 
 
 def _write_csv(
     file: IO[str], rows: Iterator[tuple[int, NDArray[np.float32]]], test_labels: NDArray[np.float64],
-    train_labels: NDArray[np.float64], k: int,
+    train_labels: NDArray[np.float64], k: int, sign: int,
 ) -> None:  # fmt: skip
     writer = csv.writer(file)
     writer.writerow(CSV_HEADER)
     for index, row in rows:
-        for effect, ranking in (("helpful", rank.helpful(row, k)), ("harmful", rank.harmful(row, k))):
+        for effect, ranking in (
+            ("helpful", rank.helpful(row, k, sign)),
+            ("harmful", rank.harmful(row, k, sign)),
+        ):
             for place, (train_id, value) in enumerate(
                 zip(ranking.ids.tolist(), ranking.values.tolist(), strict=True), 1
             ):

@@ -9,47 +9,44 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from infl_cache.disk.durable import crc32c, sync_folders
-from infl_cache.disk.layout import Block, blocks
-from infl_cache.disk.ledger import BlockRecord, FileRecord
+from infl_cache.disk.layout import Block
+from infl_cache.disk.ledger import FileRecord
 from infl_cache.disk.matrix import Floats, MatrixFile, create_matrix
 from infl_cache.disk.run import Force, RunFolder
 from infl_cache.disk.store import Store
-from infl_cache.errors import DamagedStore, IncompleteStore
+from infl_cache.errors import IncompleteStore
 from infl_cache.maths import scores
 from infl_cache.maths.capture import Forms
 from infl_cache.maths.narrow import NARROW
 from infl_cache.progress import progress
 from infl_cache.stages.blocks import some
 from infl_cache.stages.grads import grads, rows_at_once
-from infl_cache.stages.opening import Opened, StageResult, summary
+from infl_cache.stages.opening import Opened, StageResult, log, summary
 from infl_cache.stages.rankings import write_rankings
 from infl_cache.stages.rounding import TEST_SAMPLES, measured_rounding
 from infl_cache.stages.same import check_against_store
+from infl_cache.stages.selection import asked_tests, held_tests
 from infl_cache.stages.source import gradient_reader
+from infl_cache.stages.tiles import (
+    FINAL,
+    PARTIAL,
+    Tile,
+    checked_tiles,
+    matrix_tests,
+    planned_tiles,
+    solved,
+    tile_rows_of,
+    uncovered,
+)
 
-FINAL, PARTIAL = "influence.npy", "influence.partial.npy"
 TILE_COLUMNS = 4096
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows `test` by the columns of the training blocks `train`: tile `index` of the matrix."""
-
-    index: int
-    test: Block
-    train: tuple[Block, ...]
-
-    @property
-    def columns(self) -> slice:
-        """The tile's columns in the matrix."""
-        return slice(self.train[0].start, self.train[-1].stop)
 
 
 def influence(run: Opened, force: Force = False) -> StageResult:
@@ -59,34 +56,38 @@ def influence(run: Opened, force: Force = False) -> StageResult:
     if not run.options.grads.cache:
         grads(run)  # losses and digests only
     skipped_train, skipped_test = _require_parents(run)
+    _require_asked(run)
     identity = {"grads": folder.fingerprint("grads"), "stest": folder.fingerprint("stest")}
     plan = folder.claim("influence", run.task_identity, identity, force)
     check_against_store(run, "grads")
     check_against_store(run, "stest")
-    shape = (len(run.task.test), len(run.task.train))
     if plan is None:
         folder.begin("influence", run.task_identity, identity, _plan(run))
+    else:
+        _extend(folder)
     tiles = planned_tiles(folder)
     done = checked_tiles(folder, tiles)
     todo = [tile for tile in tiles if tile.index not in done]
     if todo:
-        _compute(run, tiles, todo, shape, skipped_train)
+        _compute(run, tiles, todo, skipped_train)
     _finish(folder)
     write_rankings(run, bool(force) or bool(todo))
     notes = [f"test samples {some(skipped_test)} have no s_test; their rows are NaN"] if skipped_test else []
     if skipped_train:
         notes.append(f"train samples {some(skipped_train)} have no finite gradient; their columns are NaN")
-    return summary(
-        run, "influence", shape[0], sum({tile.test: tile.test.rows for tile in todo}.values()), started, notes
-    )
+    for note in (uncertain := _uncertain(folder, skipped_test)):
+        log.warning(note)
+    notes += uncertain
+    rows = [sum({tile.test: tile.test.rows for tile in chosen}.values()) for chosen in (tiles, todo)]
+    return summary(run, "influence", rows[0], rows[1], started, notes)
 
 
 def _require_parents(run: Opened) -> tuple[list[int], list[int]]:
-    """Rows of the two stores that are not finite; `IncompleteStore` unless both are finished and fit to be used."""
+    """Samples without finite rows in the two stores; `IncompleteStore` unless both are finished and fit to be used."""
     bad: dict[str, list[int]] = {}
     for stage in ("grads", "stest"):
-        records = run.folder.require_complete(stage)
-        bad[stage] = [row for record in records.values() for row in record.bad_rows]
+        records, samples = run.folder.require_complete(stage), run.folder.samples(stage)
+        bad[stage] = [int(samples[row]) for record in records.values() for row in record.bad_rows]
         if bad[stage] and run.options.influence.nonfinite == "stop":
             raise IncompleteStore(
                 f"{stage}: expected finite rows, found NaN or Inf at {some(bad[stage])};"
@@ -95,42 +96,86 @@ def _require_parents(run: Opened) -> tuple[list[int], list[int]]:
     return bad["grads"], bad["stest"]
 
 
-def _plan(run: Opened) -> dict[str, int]:
+def _require_asked(run: Opened) -> None:
+    """`IncompleteStore` unless stage 2 has a row for every test sample that is asked for."""
+    selection = run.options.selection
+    held = set(held_tests(run.folder).tolist())
+    missing = [
+        test for test in asked_tests(selection, run.task, run.options.resources.progress) or () if test not in held
+    ]
+    if missing:
+        raise IncompleteStore(
+            f"{run.folder.path}: expected an s_test for each test sample that is asked for, found none for"
+            f" {some(missing)}; run infl-cache stest with the same --test first"
+        )
+
+
+def _uncertain(folder: RunFolder, skipped: Sequence[int]) -> list[str]:
+    """What there is to say of rows whose s_test did not meet the tolerance."""
+    tests, found = solved(folder)
+    over = np.flatnonzero(~found["converged"].astype(bool) & ~np.isin(tests, skipped))
+    if not len(over):
+        return []
+    return [
+        f"s_test of {len(over)} of {len(tests)} test samples did not meet the tolerance: {some(tests[over].tolist())}"
+        f" (relative residual up to {found['residual'][over].max():.1e}); the influences on them are as uncertain:"
+        " see infl-cache status"
+    ]
+
+
+def _plan(run: Opened) -> dict[str, Any]:
     """Rows of a tile from the memory that a tile of s_test takes; training blocks of a tile from its columns."""
     n_test, size = len(run.task.test), run.parameters.size
     stored = {layout.path: layout for layout in run.folder.array_layouts("stest")}["s_test"]
     fitting = max(1, run.budget // 4 // (size * np.dtype(stored.dtype).itemsize))
     tile_rows = min(run.options.resources.tile_rows or fitting, n_test)
-    block_rows = run.folder.plan("grads")["block_rows"]
-    tile_blocks = max(1, TILE_COLUMNS // block_rows)
-    n_blocks = len(run.folder.stage_blocks("grads"))
-    n_tiles = -(-n_test // tile_rows) * -(-n_blocks // tile_blocks)
-    return {"n_rows": n_tiles, "block_rows": 1, "tile_rows": tile_rows, "tile_blocks": tile_blocks}
+    tile_blocks = max(1, TILE_COLUMNS // run.folder.plan("grads")["block_rows"])
+    tests = uncovered(run.folder, 0, tile_rows)
+    sizes = {"tile_rows": tile_rows, "tile_blocks": tile_blocks, "tests": tests}
+    return {"n_rows": _n_tiles(run.folder, tests, tile_blocks), "block_rows": 1, **sizes}
 
 
-def all_tiles(shape: tuple[int, int], tile_rows: int, train: Sequence[Block], tile_blocks: int) -> list[Tile]:
-    """The tiles of a matrix in the order they are computed: every entry in exactly one."""
-    groups = [tuple(train[i : i + tile_blocks]) for i in range(0, len(train), tile_blocks)]
-    pairs = [(test, group) for test in blocks(shape[0], tile_rows) for group in groups]
-    return [Tile(index, test, group) for index, (test, group) in enumerate(pairs)]
+def _n_tiles(folder: RunFolder, tests: Sequence[Sequence[int]], tile_blocks: int) -> int:
+    return len(tests) * -(-len(folder.stage_blocks("grads")) // tile_blocks)
 
 
-def _compute(
-    run: Opened, tiles: Sequence[Tile], todo: Sequence[Tile], shape: tuple[int, int], skipped: Sequence[int]
-) -> None:
+def _extend(folder: RunFolder) -> None:
+    """Plan tiles for test samples that came to stage 2 since; the tiles that there are stay as they are.
+
+    The rankings go first and the matrix loses its name (`_open_matrix`): nobody takes the old ones for the new.
+    """
+    plan, tests = folder.plan("influence"), tile_rows_of(folder)
+    more = uncovered(folder, tests[-1][1], plan["tile_rows"])
+    if more:
+        folder.drop(["rankings"])
+        n_tiles = _n_tiles(folder, tests + more, plan["tile_blocks"])
+        folder.remember("influence", tests=tests + more, n_rows=n_tiles)
+
+
+def _open_matrix(run: Opened, anew: bool) -> MatrixFile:
+    """The matrix under the name of an unfinished one; rows of test samples that nobody asked for are NaN."""
+    final, partial = run.folder.path / FINAL, run.folder.path / PARTIAL
+    if anew:
+        shape, asked = (len(run.task.test), len(run.task.train)), matrix_tests(run.folder)
+        create_matrix(partial, shape, np.setdiff1d(np.arange(shape[0]), asked))
+    elif final.exists():
+        os.replace(final, partial)
+        sync_folders([run.folder.path])
+    return MatrixFile(partial, writable=True)
+
+
+def _compute(run: Opened, tiles: Sequence[Tile], todo: Sequence[Tile], skipped: Sequence[int]) -> None:
     """Fill, sync and commit the given tiles."""
     folder = run.folder
-    path = folder.path / PARTIAL
-    if len(todo) == len(tiles):
-        create_matrix(path, shape)
     forms = Forms.from_json(folder.plan("grads")["forms"])
-    matrix = MatrixFile(path, writable=True)
-    finished = sum(tile.test.rows * (tile.columns.stop - tile.columns.start) for tile in tiles if tile not in todo)
+    samples = folder.samples("stest")
+    matrix = _open_matrix(run, anew=len(todo) == len(tiles))
+    total, left = (sum(tile.test.rows * tile.width for tile in chosen) for chosen in (tiles, todo))
     try:
-        with progress("influence", shape[0] * shape[1], finished, "pair", run.options.resources.progress) as bar:
+        with progress("influence", total, total - left, "pair", run.options.resources.progress) as bar:
             for tile, values, seconds in _tile_values(run, forms, todo):
                 values[:, np.isin(np.arange(tile.columns.start, tile.columns.stop), skipped)] = np.nan
-                matrix.write(tile.test.start, tile.columns.start, values)
+                matrix.write_rows(samples[tile.test.start : tile.test.stop], tile.columns.start, values)
                 matrix.sync()
                 record = FileRecord(FINAL, values.nbytes, crc32c(values.tobytes()))
                 folder.commit("influence", Block(tile.index, tile.index, tile.index + 1), [record], seconds)
@@ -166,7 +211,7 @@ def _measure_rounding(run: Opened, forms: Forms, read_test: Callable[[Block], Te
     if stored not in NARROW or not run.options.grads.cache or "rounding" in run.folder.plan("influence"):
         return
     at_once = rows_at_once(run)
-    first = read_test(Block(0, 0, min(len(run.task.test), TEST_SAMPLES, at_once)))
+    first = read_test(Block(0, 0, min(tile_rows_of(run.folder)[0][1], TEST_SAMPLES, at_once)))
     finite = first[torch.isfinite(first).all(1)]
     if len(finite):
         run.folder.remember("influence", rounding=measured_rounding(run, forms, stored, finite, at_once))
@@ -196,46 +241,6 @@ def _product_dtype(run: Opened) -> torch.dtype:
     kept = [run.folder.manifest.stages["grads"]["identity"]["dtype"]]
     kept += [layout.dtype for layout in run.folder.array_layouts("stest") if layout.path == "s_test"]
     return torch.float64 if "float64" in kept else torch.float32
-
-
-def checked_tiles(folder: RunFolder, tiles: Sequence[Tile]) -> dict[int, BlockRecord]:
-    """The committed tiles, each compared with its checksum; `DamagedStore` names rows and columns otherwise."""
-    records = folder.records("influence")
-    if not records:
-        return {}
-    name = FINAL if (folder.path / FINAL).exists() else PARTIAL
-    if not (folder.path / name).exists():
-        raise DamagedStore(f"{folder.path / FINAL}: expected a matrix, found no file; run infl-cache influence --force")
-    matrix = MatrixFile(folder.path / name)
-    try:
-        for tile in tiles:
-            if tile.index in records:
-                width = tile.columns.stop - tile.columns.start
-                values = matrix.read(tile.test.start, tile.test.stop, tile.columns.start, width)
-                if crc32c(values.tobytes()) != records[tile.index].files[0].crc:
-                    raise DamagedStore(
-                        f"{folder.path / name}: test rows {tile.test.start} to {tile.test.stop - 1}, train columns"
-                        f" {tile.columns.start} to {tile.columns.stop - 1} are not what was committed;"
-                        " run infl-cache influence --force"
-                    )
-    finally:
-        matrix.close()
-    return records
-
-
-def planned_tiles(folder: RunFolder) -> list[Tile]:
-    """The tiles of a run's matrix as the stage was begun."""
-    plan = folder.plan("influence")
-    shape = (folder.plan("stest")["n_rows"], folder.plan("grads")["n_rows"])
-    return all_tiles(shape, plan["tile_rows"], folder.stage_blocks("grads"), plan["tile_blocks"])
-
-
-def require_sound_matrix(folder: RunFolder) -> None:
-    """Raise unless `influence.npy` is finished and, byte for byte, what was committed."""
-    folder.require_complete("influence")
-    checked_tiles(folder, planned_tiles(folder))
-    if not (folder.path / FINAL).exists():
-        raise IncompleteStore(f"{folder.path / FINAL}: expected a finished matrix, found none; run influence")
 
 
 def _finish(folder: RunFolder) -> None:

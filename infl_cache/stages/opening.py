@@ -22,12 +22,14 @@ from infl_cache.disk.manifest import Identity
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput
 from infl_cache.interrupt import stop_between_blocks
+from infl_cache.maths import measures
 from infl_cache.maths.digest import code_digest, digest_of, weights_digest
 from infl_cache.maths.model import unwrapped
 from infl_cache.maths.params import Parameters, select
 from infl_cache.maths.probe import check_data
 from infl_cache.maths.samples import spread
 from infl_cache.maths.task import Task, evaluating
+from infl_cache.stages.selection import check_selection, remember_tests
 
 log = logging.getLogger("infl_cache")
 
@@ -68,7 +70,7 @@ class StageResult:
 def looked_at(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
     """Put the model on its device in eval mode; nothing is locked, made or written, nothing compared with the task."""
     device = choose_device(options.resources.device)
-    task = dataclasses.replace(task, model=unwrapped(task.model))
+    task = as_asked(task, options)
     parameters = select(task.model, task.parameters)
     with evaluating(task.model, device):
         budget = memory_budget(options.resources.memory, device)
@@ -79,7 +81,15 @@ def looked_at(folder: RunFolder, task: Task, options: Options) -> Iterator[Opene
 def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
     """`looked_at`, with the folder locked and signals caught; all of it is undone on leaving."""
     with looked_at(folder, task, options) as run, folder.writing(), stop_between_blocks() as check:
+        remember_tests(folder)
         yield dataclasses.replace(run, check=check, task_identity=task_identity(run.task, run.parameters))
+
+
+def as_asked(task: Task, options: Options) -> Task:
+    """The task with its plain model and the measure that is asked for; `BadInput` for test samples it does not have."""
+    check_selection(options.selection, len(task.test))
+    measure = measures.named(options.selection.measure, task.measure)
+    return dataclasses.replace(task, model=unwrapped(task.model), measure=measure)
 
 
 def choose_device(name: str) -> torch.device:
@@ -121,7 +131,7 @@ def test_identity(task: Task) -> Identity:
     return {
         "n_test": len(task.test),
         "test": dataset_digest(task.test, "test"),
-        "measure": code_digest(task.measure),
+        "measure": measures.name_of(task.measure) or code_digest(task.measure),
         "weight_decay": float(task.weight_decay),
     }
 

@@ -1,4 +1,7 @@
-"""Rankings: the most helpful (most negative) and most harmful (most positive) training samples, ties by lower id."""
+"""Rankings: the most helpful (most negative) and most harmful (most positive) training samples, ties by lower id.
+
+Of a quantity that is better when higher, such as a margin, the most positive are the helpful ones: `sign` is -1.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,22 @@ class Ranking(NamedTuple):
     values: NDArray[np.float32]
 
 
-def helpful(row: NDArray[np.float32], k: int) -> Ranking:
+def helpful(row: NDArray[np.float32], k: int, sign: int = 1) -> Ranking:
     """The k lowest values of a row of influences: removing these samples raises the test loss most.
 
     >>> helpful(np.array([0.5, -2.0, np.nan, -2.0], np.float32), 2).ids.tolist()
     [1, 3]
     """
-    return _lowest(row, row, k)
+    return _lowest(sign * row, row, k)
 
 
-def harmful(row: NDArray[np.float32], k: int) -> Ranking:
+def harmful(row: NDArray[np.float32], k: int, sign: int = 1) -> Ranking:
     """The k highest values of a row of influences: removing these samples lowers the test loss most.
 
     >>> harmful(np.array([0.5, -2.0, np.nan, 0.1], np.float32), 2).ids.tolist()
     [0, 3]
     """
-    return _lowest(-row, row, k)
+    return _lowest(-sign * row, row, k)
 
 
 def _lowest(keys: NDArray[np.float32], row: NDArray[np.float32], k: int) -> Ranking:

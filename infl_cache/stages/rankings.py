@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from infl_cache.disk.durable import write_atomically
 from infl_cache.disk.layout import Block, blocks
@@ -14,6 +15,8 @@ from infl_cache.disk.matrix import Floats, MatrixFile
 from infl_cache.disk.run import RunFolder
 from infl_cache.stages import rank
 from infl_cache.stages.opening import Opened
+from infl_cache.stages.selection import count_of_tests
+from infl_cache.stages.tiles import matrix_tests, sign_of
 
 MATRIX, RANKINGS = "influence.npy", "rankings.npz"
 
@@ -40,42 +43,47 @@ def _rankings_intact(folder: RunFolder) -> bool:
 
 
 def rankings(folder: RunFolder, k: int, budget: int) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
-    """Ids (n_test, k) padded with -1, values padded with NaN; `mean_*` (k,) of the mean over finite test rows."""
+    """Ids (n_test, k) padded with -1, values padded with NaN; `mean_*` (k,) of the mean over finite test rows.
+
+    Of test samples that nobody asked for there is nothing but padding.
+    """
     found: dict[str, list[rank.Ranking]] = {"helpful": [], "harmful": []}
+    tests, sign = matrix_tests(folder), sign_of(folder)
     total, count = None, None
-    for rows in matrix_rows(folder, budget):
+    for rows in matrix_rows(folder, tests, budget):
         finite = np.isfinite(rows)
         summed = np.where(finite, rows, 0).sum(0, dtype=np.float64)
         total = summed if total is None else total + summed
         count = finite.sum(0) if count is None else count + finite.sum(0)
         for row in rows:
-            found["helpful"].append(rank.helpful(row, k))
-            found["harmful"].append(rank.harmful(row, k))
+            found["helpful"].append(rank.helpful(row, k, sign))
+            found["harmful"].append(rank.harmful(row, k, sign))
     assert total is not None
     assert count is not None
     mean = np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
     arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {"mean": mean}
-    for name, of_mean in (("helpful", rank.helpful(mean, k)), ("harmful", rank.harmful(mean, k))):
-        arrays[f"{name}_ids"], arrays[f"{name}_values"] = _padded(found[name], k)
+    for name, of_mean in (("helpful", rank.helpful(mean, k, sign)), ("harmful", rank.harmful(mean, k, sign))):
+        arrays[f"{name}_ids"], arrays[f"{name}_values"] = _padded(found[name], tests, count_of_tests(folder), k)
         arrays[f"mean_{name}_ids"], arrays[f"mean_{name}_values"] = of_mean.ids, of_mean.values
     return arrays
 
 
-def matrix_rows(folder: RunFolder, budget: int) -> Iterator[Floats]:
-    """The finished matrix a few rows at a time, within `budget` bytes."""
+def matrix_rows(folder: RunFolder, tests: NDArray[np.int64], budget: int) -> Iterator[Floats]:
+    """Rows of the finished matrix a few at a time, within `budget` bytes."""
     matrix = MatrixFile(folder.path / MATRIX)
     try:
         step = max(1, budget // (16 * matrix.shape[1]))
-        for block in blocks(matrix.shape[0], step):
-            yield matrix.read(block.start, block.stop)
+        for block in blocks(len(tests), step):
+            yield matrix.read_rows(tests[block.start : block.stop])
     finally:
         matrix.close()
 
 
-def _padded(found: Iterable[rank.Ranking], k: int) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.generic]], Floats]:
-    found = list(found)
-    ids = np.full((len(found), k), -1, np.int64)
-    values = np.full((len(found), k), np.nan, np.float32)
-    for row, each in enumerate(found):
-        ids[row, : len(each.ids)], values[row, : len(each.ids)] = each.ids, each.values
+def _padded(
+    found: Iterable[rank.Ranking], tests: NDArray[np.int64], n_test: int, k: int
+) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.generic]], Floats]:
+    ids = np.full((n_test, k), -1, np.int64)
+    values = np.full((n_test, k), np.nan, np.float32)
+    for test, each in zip(tests, found, strict=True):
+        ids[test, : len(each.ids)], values[test, : len(each.ids)] = each.ids, each.values
     return ids, values

@@ -17,9 +17,10 @@ from infl_cache.disk.run import RunFolder
 from infl_cache.maths.samples import fetch
 from infl_cache.maths.task import Task
 from infl_cache.stages import rank
-from infl_cache.stages.influence import require_sound_matrix
 from infl_cache.stages.opening import log
 from infl_cache.stages.same import check_same_task
+from infl_cache.stages.selection import count_of_tests
+from infl_cache.stages.tiles import matrix_tests, require_sound_matrix, sign_of
 
 SHOWN = 3
 NEIGHBOURS = 5
@@ -46,7 +47,7 @@ def report(folder: RunFolder, task: Task | None = None) -> str:
     asked = worst_test_samples(folder, SHOWN)
     labels = stored_column(folder, "grads", "target")
     names = task.classes if task is not None else None
-    text = table(asked, labels, names)
+    text = table(asked, labels, names, sign_of(folder))
     if task is not None:
         picture = draw(folder.path / PICTURE, task, asked, labels)
         text += f"\n{picture}" if picture else ""
@@ -54,17 +55,17 @@ def report(folder: RunFolder, task: Task | None = None) -> str:
 
 
 def worst_test_samples(folder: RunFolder, count: int) -> list[Asked]:
-    """The test samples of largest loss: the predictions people ask about first."""
-    losses = stored_column(folder, "stest", "loss")
+    """Of the test samples asked about, those of largest loss: the predictions people ask about first."""
+    losses, tests, sign = stored_column(folder, "stest", "loss"), matrix_tests(folder), sign_of(folder)
     labels, predictions = stored_column(folder, "stest", "target"), stored_column(folder, "stest", "prediction")
     matrix = MatrixFile(folder.path / "influence.npy")
     try:
         found = []
-        for index in np.argsort(-np.nan_to_num(losses), kind="stable")[:count]:
-            row = matrix.read(int(index), int(index) + 1)[0]
+        for index in tests[np.argsort(-np.nan_to_num(losses[tests]), kind="stable")[:count]].tolist():
+            row = matrix.read(index, index + 1)[0]
             found.append(
-                Asked(int(index), labels[index], predictions[index], losses[index],
-                      rank.helpful(row, NEIGHBOURS), rank.harmful(row, NEIGHBOURS))
+                Asked(index, labels[index], predictions[index], losses[index],
+                      rank.helpful(row, NEIGHBOURS, sign), rank.harmful(row, NEIGHBOURS, sign))
             )  # fmt: skip
         return found
     finally:
@@ -72,18 +73,23 @@ def worst_test_samples(folder: RunFolder, count: int) -> list[Asked]:
 
 
 def stored_column(folder: RunFolder, stage: str, name: str) -> NDArray[np.float64]:
-    """A one-number-a-sample array of a finished store."""
-    records, store = folder.require_complete(stage), folder.store(stage)
-    parts = []
+    """A number for each sample, from a store: of test samples without a row, NaN."""
+    records, store, samples = folder.records(stage), folder.store(stage), folder.samples(stage)
+    if stage == "grads":
+        folder.require_complete(stage)
+    count = folder.plan("grads")["n_rows"] if stage == "grads" else count_of_tests(folder)
+    found = np.full(count, np.nan)
     for block in folder.stage_blocks(stage):
-        folder.check_block(records[block.index])
-        parts.append(store.read_block(block, [name])[name])
-    return np.concatenate(parts).astype(np.float64)
+        if block.index in records:
+            folder.check_block(records[block.index])
+            found[samples[block.start : block.stop]] = store.read_block(block, [name])[name]
+    return found
 
 
-def table(asked: list[Asked], labels: NDArray[np.float64], classes: Any = None) -> str:
+def table(asked: list[Asked], labels: NDArray[np.float64], classes: Any = None, sign: int = 1) -> str:
     """The strongest training samples of each test sample: id, label, influence."""
-    lines = ["Influence on the test samples of largest loss; negative = helpful, positive = harmful.", ""]
+    words = "negative = helpful, positive = harmful" if sign > 0 else "positive = helpful, negative = harmful"
+    lines = [f"Influence on the test samples of largest loss; {words}.", ""]
     for each in asked:
         lines.append(
             f"test sample {each.index}: label {label_text(each.label, classes)},"

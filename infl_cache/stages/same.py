@@ -17,6 +17,7 @@ from infl_cache.maths.probe import probe_batch
 from infl_cache.maths.samples import fetch, spread
 from infl_cache.maths.task import Task, losses_of
 from infl_cache.stages.opening import Opened
+from infl_cache.stages.selection import count_of_tests
 
 CHECK_SECONDS = 2.0
 CHECKED_LOSSES = 8
@@ -36,7 +37,8 @@ def check_against_store(run: Opened, stage: str) -> None:
     every = run.folder.stage_blocks(stage)
     columns = ["digest", "loss"] if stage == "grads" else ["digest", "loss", "measure"]
     parts = [store.read_block(every[index], columns) for index in sorted(done)]
-    rows = np.concatenate([np.arange(every[index].start, every[index].stop) for index in sorted(done)])
+    samples = run.folder.samples(stage)
+    rows = np.concatenate([samples[every[index].start : every[index].stop] for index in sorted(done)])
     check_digests(getattr(run.task, name), name, rows.tolist(), np.concatenate([part["digest"] for part in parts]))
     for column in columns[1:]:
         stored = np.concatenate([part[column] for part in parts])
@@ -78,12 +80,15 @@ def check_values(
 def check_same_task(folder: RunFolder, task: Task) -> None:
     """`ForeignRun` unless the samples of a task are those of a finished run; for commands that only show them."""
     for stage, name in (("grads", "train"), ("stest", "test")):
-        rows = folder.plan(stage)["n_rows"]
-        if len(getattr(task, name)) != rows:
+        expected = folder.plan("grads")["n_rows"] if stage == "grads" else count_of_tests(folder)
+        if len(getattr(task, name)) != expected:
             raise ForeignRun(
-                f"{name}: expected {rows} samples as in {folder.path}, found {len(getattr(task, name))};"
+                f"{name}: expected {expected} samples as in {folder.path}, found {len(getattr(task, name))};"
                 " give the --task that the run was made with"
             )
-        store = folder.store(stage)
-        parts = [store.read_block(block, ["digest"])["digest"] for block in folder.stage_blocks(stage)]
-        check_digests(getattr(task, name), name, range(rows), np.concatenate(parts))
+        store, samples, done = folder.store(stage), folder.samples(stage), folder.records(stage)
+        ready = [block for block in folder.stage_blocks(stage) if block.index in done]
+        parts = [store.read_block(block, ["digest"])["digest"] for block in ready]
+        rows = [int(sample) for block in ready for sample in samples[block.start : block.stop]]
+        if rows:
+            check_digests(getattr(task, name), name, rows, np.concatenate(parts))

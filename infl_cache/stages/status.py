@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from infl_cache.disk.ledger import array_bytes
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput
 from infl_cache.progress import human_bytes, human_seconds
+from infl_cache.stages.blocks import some
+from infl_cache.stages.keeping import kept_line
 from infl_cache.stages.rounding import rounding_line
+from infl_cache.stages.selection import as_text, count_of_tests, held_tests
+from infl_cache.stages.tiles import matrix_tests, solved
 
 ORDER = ("grads", "stest", "influence")
 
@@ -74,11 +79,12 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
     records = folder.records(stage)
     every = folder.stage_blocks(stage)
     rows_done = sum(record.stop - record.start - len(record.bad_rows) for record in records.values())
-    rows = every[-1].stop
+    rows = sum(block.rows for block in every)
     seconds = sum(record.seconds for record in records.values())
     rate = rows_done / seconds if seconds else 0.0
     details: dict[str, Any] = {}
-    bad = sorted(row for record in records.values() for row in record.bad_rows)
+    samples = folder.samples(stage) if stage in ("grads", "stest") else np.array([], np.int64)
+    bad = sorted(int(samples[row]) for record in records.values() for row in record.bad_rows)
     if bad:
         details["not finite"] = f"{len(bad)} rows: {', '.join(map(str, bad[:8]))}{', ...' if len(bad) > 8 else ''}"
     if records and len(records) < len(every):
@@ -88,8 +94,10 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
         details.update(_grads_details(folder, array_bytes(records.values()), rows_done))
     if stage == "influence" and "rounding" in folder.plan("influence"):
         details["rounding"] = rounding_line(folder.plan("influence")["rounding"])
-    if stage == "stest" and records:
-        details.update(_stest_details(folder, sorted(records)))
+    if stage == "stest":
+        details.update(_stest_details(folder, bool(records)))
+    if stage == "influence" and "stest" in folder.manifest.stages:
+        details["test samples"] = _tests_line(folder, matrix_tests(folder))
     return StageStatus(
         stage, len(records), len(every), rows_done, rows, array_bytes(records.values()), seconds, rate,
         (rows - rows_done) / rate if rate else 0.0, details,
@@ -117,17 +125,37 @@ def _grads_details(folder: RunFolder, n_bytes: int, rows_done: int) -> dict[str,
     return details
 
 
-def _stest_details(folder: RunFolder, done: list[int]) -> dict[str, Any]:
-    store, every = folder.store("stest"), folder.stage_blocks("stest")
-    parts = [store.read_block(every[index], ["residual", "iterations", "converged"]) for index in done]
-    residual = np.concatenate([part["residual"] for part in parts]).astype(float)
-    iterations = np.concatenate([part["iterations"] for part in parts])
-    converged = np.concatenate([part["converged"] for part in parts])
+def _stest_details(folder: RunFolder, begun: bool) -> dict[str, Any]:
     identity = folder.manifest.stages["stest"]["identity"]
-    finite = residual[np.isfinite(residual)]
-    details = {"system": f"{identity['curvature']} + {identity['damping']} I by {identity['solver']}"}
-    if len(finite):
-        details["residual"] = f"median {np.median(finite):.1e}, largest {finite.max():.1e}"
+    details = {
+        "system": f"{identity['curvature']} + {identity['damping']} I by {identity['solver']}",
+        "test samples": _tests_line(folder, held_tests(folder)),
+    }
+    if (measure := folder.plan("stest").get("measure", "loss")) != "loss":
+        details["measure"] = str(measure)
+    if line := kept_line(folder):
+        details["iteration"] = line
+    return {**details, **_certificates(folder)} if begun else details
+
+
+def _tests_line(folder: RunFolder, tests: NDArray[np.int64]) -> str:
+    """How many test samples of how many, and which."""
+    n_test = count_of_tests(folder)
+    text = as_text(tests, n_test)
+    return f"{len(tests):,} of {n_test:,}: {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _certificates(folder: RunFolder) -> dict[str, str]:
+    """How well the systems were solved: the distribution of the true relative residuals, and who is over."""
+    tests, found = solved(folder)
+    residual, converged = found["residual"].astype(float), found["converged"].astype(bool)
+    iterations = found["iterations"].astype(int)
+    finite, details = np.isfinite(residual), {}
+    if finite.any():
+        low, median, most, high = np.quantile(residual[finite], [0, 0.5, 0.9, 1], method="inverted_cdf")
+        details["residual"] = f"smallest {low:.1e}, median {median:.1e}, 90 % up to {most:.1e}, largest {high:.1e}"
     details["iterations"] = f"median {np.median(iterations):.0f}, most {iterations.max()}"
-    details["converged"] = f"{int(converged.sum())} of {len(converged)}"
+    over = tests[finite & ~converged]
+    named = f"; over the tolerance {len(over)}: {some(over.tolist())}" if len(over) else ""
+    details["converged"] = f"{int(converged.sum())} of {len(converged)}{named}"
     return details

@@ -1,4 +1,4 @@
-"""Stage 2: s_test of every test sample into `s_test.zarr`, K of them solved together and committed as a block."""
+"""Stage 2: s_test of the test samples that are asked for, K of them solved together and committed as a block."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from infl_cache.disk.codecs import Codec
-from infl_cache.disk.layout import Block, array_layout
+from infl_cache.disk.layout import Block, array_layout, from_ranges
 from infl_cache.disk.run import Force
 from infl_cache.errors import IncompleteStore
 from infl_cache.maths.capture import Forms, capture, decide_forms, rows_of
+from infl_cache.maths.measures import words_for
 from infl_cache.maths.probe import check_gradients_arrive, check_independence, probe_batch
-from infl_cache.maths.samples import batches, groups_of, spread
+from infl_cache.maths.samples import batches, groups_among, spread
 from infl_cache.maths.solvers import Identity, Solution, Solve, make_solver
 from infl_cache.maths.solvers.exact import COLUMNS
 from infl_cache.maths.task import losses_of
 from infl_cache.progress import Bar, progress
 from infl_cache.stages.blocks import some
 from infl_cache.stages.grads import CHECKED_SAMPLES, rows_at_once
+from infl_cache.stages.keeping import Keeping
 from infl_cache.stages.opening import (
     Opened,
     StageResult,
@@ -35,6 +38,7 @@ from infl_cache.stages.opening import (
     test_identity,
 )
 from infl_cache.stages.same import check_against_store
+from infl_cache.stages.selection import appended, asked_tests, say_tests
 from infl_cache.stages.spectrum import advice, chosen_damping, known_spectrum
 from infl_cache.stages.system import curvature_kind, curvature_samples, damped_curvature, left_out, solve_dtype
 
@@ -55,31 +59,51 @@ def stest(run: Opened, force: Force = False) -> StageResult:
         "left_out": left_out(run),
         "stored_dtype": stored_dtype(run.parameters, run.task),
     }
+    asked = asked_tests(run.options.selection, run.task, run.options.resources.progress)
     if run.folder.claim("stest", run.task_identity, identity, force) is None:
-        _begin(run, identity)
+        _begin(run, identity, asked or list(range(len(run.task.test))))
+    elif asked is not None:
+        _go_on_with(run, asked)
     done = run.folder.done("stest")
     check_against_store(run, "stest")
     if "grads" in run.folder.manifest.stages:
         check_against_store(run, "grads")
     todo = [block for block in run.folder.stage_blocks("stest") if block.index not in done]
-    notes = _compute(run, todo, len(run.task.test) - sum(b.rows for b in todo)) if todo else []
-    bad = [row for record in run.folder.records("stest").values() for row in record.bad_rows]
-    if bad and (run.options.influence.nonfinite == "stop" or len(bad) == len(run.task.test)):
+    samples = run.folder.samples("stest")
+    count = int((samples >= 0).sum())
+    notes = _compute(run, todo, count - sum(b.rows for b in todo)) if todo else []
+    bad = [int(samples[row]) for record in run.folder.records("stest").values() for row in record.bad_rows]
+    if bad and (run.options.influence.nonfinite == "stop" or len(bad) == count):
         raise IncompleteStore(
             f"s_test: expected finite numbers, found NaN or Inf at test samples {some(bad)}; the other"
-            f" {len(run.task.test) - len(bad)} are done. More damping or --curvature ggn may help,"
+            f" {count - len(bad)} are done. More damping or --curvature ggn may help,"
             " or go on without them by --nonfinite skip"
         )
-    return summary(run, "stest", len(run.task.test), sum(block.rows for block in todo), started, notes)
+    return summary(run, "stest", count, sum(block.rows for block in todo), started, notes)
 
 
-def _begin(run: Opened, identity: dict[str, Any]) -> None:
+def _go_on_with(run: Opened, asked: Sequence[int]) -> None:
+    """Plan rows for the test samples that are asked for now, besides what is done.
+
+    What was asked for before and is not done yet goes, unless it is asked for again.
+    """
+    folder, plan = run.folder, run.folder.plan("stest")
+    samples, done = folder.samples("stest"), folder.records("stest")
+    kept = folder.stage_blocks("stest")[: max(done, default=-1) + 1]
+    held = {int(sample) for block in kept for sample in samples[block.start : block.stop]}
+    facts = appended(kept, samples, [test for test in asked if test not in held], plan["block_rows"])
+    if facts != {name: plan.get(name) for name in facts}:
+        say_tests(folder, from_ranges(facts["samples"]), len(run.task.test))
+        folder.grow("stest", facts["spans"][-1][1], **facts)
+
+
+def _begin(run: Opened, identity: dict[str, Any], tests: Sequence[int]) -> None:
     """Try the task on test samples and lay out the store."""
     task, n_test, size = run.task, len(run.task.test), run.parameters.size
-    check_independence(task, "test", spread(n_test, 4), run.device)
+    check_independence(task, "test", [tests[place] for place in spread(len(tests), 4)], run.device)
     check_gradients_arrive(task, run.parameters, spread(len(task.train), 4), run.device)
     with torch.no_grad():
-        losses_of(task, probe_batch(task, [0], run.device, "test"), measure=True)
+        losses_of(task, probe_batch(task, [tests[0]], run.device, "test"), measure=True)
     curvature_kind(run.options.stest)
     make_solver(run.options.stest, run.budget).check(size)
     itemsize = 8 if solve_dtype(run) == torch.float64 else 4
@@ -88,10 +112,19 @@ def _begin(run: Opened, identity: dict[str, Any]) -> None:
     block_rows = min(asked or max(1, min(fitting, MAX_RIGHT_HAND_SIDES)), n_test)
     arrays = [("s_test", (size,), identity["stored_dtype"]), ("residual", (), "float64"), ("iterations", (), "int64"),
               ("converged", (), "bool"), ("loss", (), "float64"), ("measure", (), "float64"), ("target", (), "float64"),
-              ("prediction", (), "float64"), ("digest", (), "uint64")]  # fmt: skip
+              ("prediction", (), "float64"), ("digest", (), "uint64"), ("index", (), "int64")]  # fmt: skip
+    plan = {
+        "n_rows": len(tests),
+        "block_rows": block_rows,
+        **appended((), np.array([], np.int64), tests, block_rows),
+        "measure": words_for(task.measure),
+    }
+    say_tests(run.folder, tests, n_test)
     run.folder.begin_store(
-        "stest", run.task_identity, identity, {"n_rows": n_test, "block_rows": block_rows},
-        [array_layout(path, n_test, shape, kind, block_rows) for path, shape, kind in arrays],
+        "stest", run.task_identity, identity, plan,
+        # A row that nobody wrote belongs to no test sample: its index is -1.
+        [array_layout(path, len(tests), shape, kind, block_rows, fill=-1 if path == "index" else 0)
+         for path, shape, kind in arrays],
         Codec("lz4", 5),
     )  # fmt: skip
 
@@ -103,21 +136,27 @@ def _compute(run: Opened, todo: Sequence[Block], finished: int) -> list[str]:
     explained = replace(run.task, train=run.task.test, loss=run.task.measure or run.task.loss, measure=None)
     first = probe_batch(explained, range(min(CHECKED_SAMPLES, len(run.task.test))), run.device)
     forms, notes = decide_forms(explained, run.parameters, first, "dense", rows_at_once(run))
-    with progress("stest", len(run.task.test), finished, show=run.options.resources.progress) as bar:
-        products = _Products(run.check, bar)
+    samples = run.folder.samples("stest")
+    total = finished + sum(block.rows for block in todo)
+    with progress("stest", total, finished, show=run.options.resources.progress) as bar:
+        keeping = Keeping(run)
+        products = _Products(keeping.tick, bar)
         # The planned block, not the longest that is left: a resumed run does the same arithmetic as a calm one.
         sides = COLUMNS if run.options.stest.solver == "exact" else run.folder.plan("stest")["block_rows"]
         solver = _prepared(run, forms, sides, products)
-        failed = _NotConverged()
+        failed = _NotConverged(samples)
         for block in todo:
             started = time.perf_counter()
             rhs, kept, digests = _right_hand_sides(run, forms, block)
-            solution = solver(rhs.to(solve_dtype(run)))
+            rhs = rhs.to(solve_dtype(run))
+            solution = solver(rhs, keeping.begin(block, rhs))
             data, bad = _stored(solution, kept, digests, block)
+            data["index"] = samples[block.start : block.stop]
             nonfinite = int((~np.isfinite(data["s_test"])).sum())
             files = store.write_block(block, data)
             seconds = time.perf_counter() - started
             run.folder.commit("stest", block, files, seconds, block_digest(digests), nonfinite, bad)
+            keeping.forget()
             failed.add(solution, block, bad)
             bar.advance(block.rows, sum(file.size for file in files), f"residual {float(solution.residual.max()):.1e}")
             run.check()
@@ -166,7 +205,8 @@ def _right_hand_sides(run: Opened, forms: Forms, block: Block) -> tuple[Tensor, 
     size = forms.at_once(size)
     rows, digests = [], []
     kept: dict[str, list[Tensor]] = {name: [] for name in ("loss", "measure", "target", "prediction")}
-    for batch in batches(run.task.test, "test", run.task.collate, groups_of(block.start, block.stop, size), run.device):
+    groups = groups_among(run.folder.samples("stest")[block.start : block.stop].tolist(), size)
+    for batch in batches(run.task.test, "test", run.task.collate, groups, run.device):
         captured = capture(run.task, forms, batch, measure=True)
         rows.append(rows_of(forms, captured.factors, captured.dense))
         digests.append(batch.digests)
@@ -193,7 +233,8 @@ def _stored(
 class _NotConverged:
     """Collects the finite rows above the tolerance, for one line at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, samples: NDArray[np.int64]) -> None:
+        self._samples = samples
         self._rows: list[int] = []
         self._worst = 0.0
         self._reasons: set[str] = set()
@@ -204,7 +245,7 @@ class _NotConverged:
             zip(solution.converged.tolist(), solution.residual.tolist(), strict=True)
         ):
             if not fine and block.start + place not in bad:
-                self._rows.append(block.start + place)
+                self._rows.append(int(self._samples[block.start + place]))
                 self._worst = max(self._worst, residual)
                 self._reasons.add(solution.reasons[place])
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from infl_cache.disk.codecs import CRC_BYTES
 from infl_cache.disk.durable import crc32c
+from infl_cache.disk.growth import metadata_of
 from infl_cache.disk.ledger import BlockRecord, FileRecord
 from infl_cache.disk.run import RunFolder
 from infl_cache.disk.store import record_of_file
 from infl_cache.disk.sweep import OUTPUTS
 from infl_cache.errors import BadInput, DamagedStore
 from infl_cache.progress import progress
-from infl_cache.stages.influence import checked_tiles, planned_tiles
+from infl_cache.stages.tiles import checked_tiles, planned_tiles
 
 STORES = ("grads", "stest")
 
@@ -36,8 +37,8 @@ def verify(folder: RunFolder, show: bool = True) -> list[str]:
 
 def _store_checks(folder: RunFolder, stage: str) -> Iterator[tuple[FileRecord, str | None]]:
     """A store's metadata files (no rows) and the chunk files of its committed blocks."""
-    for each in folder.plan(stage)["metadata"]:
-        yield FileRecord(**each), None
+    for each in metadata_of(folder.path, folder.plan(stage)):
+        yield each, None
     for record in folder.records(stage).values():
         for file in record.files:
             yield file, f"rows {record.start} to {record.stop - 1}"

@@ -16,10 +16,14 @@ from infl_cache.disk.layout import (
     MAX_BLOCK_ROWS,
     Block,
     array_layout,
+    as_ranges,
     blocks,
     choose_block_rows,
     chunk_keys,
+    consecutive,
+    from_ranges,
     rows_by_block,
+    span_blocks,
 )
 
 PRIMES = (1, 2, 3, 7, 13, 31, 61, 97)
@@ -131,3 +135,32 @@ def test_rows_grouped_by_block_are_each_in_their_block_once_and_in_order(rows, s
 
 def test_block_knows_its_rows():
     assert Block(2, 14, 21).rows == 7
+
+
+@given(st.lists(st.integers(0, 60), unique=True, max_size=40))
+def test_ranges_hold_the_same_numbers_in_the_same_order(numbers):
+    ranges = as_ranges(numbers)
+    assert from_ranges(ranges).tolist() == numbers
+    assert len(ranges) <= max(1, len(numbers))
+    runs = list(consecutive(numbers))
+    assert [first + i for first, part in runs for i in range(part.stop - part.start)] == numbers
+    assert [part.start for _, part in runs] == [0, *(part.stop for _, part in runs)][: len(runs)]
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 8))
+def test_the_blocks_of_spans_hold_their_rows_once_and_share_no_multiple_of_block_rows(lengths, block_rows):
+    spans, start = [], 0
+    for length in lengths:
+        spans.append([start, start + length])
+        start += -(-length // block_rows) * block_rows
+    found = span_blocks(spans, block_rows)
+    assert [block.index for block in found] == [block.start // block_rows for block in found] == list(range(len(found)))
+    assert [row for block in found for row in range(block.start, block.stop)] == [
+        row for first, stop in spans for row in range(first, stop)
+    ]
+    assert all((block.stop - 1) // block_rows == block.index for block in found)
+
+
+def test_a_span_from_within_a_block_is_refused():
+    with pytest.raises(ValueError, match="multiple of 4"):
+        span_blocks([[0, 3], [3, 5]], 4)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infl_cache.disk import matrix as disk_matrix
 from infl_cache.disk.layout import blocks
 from infl_cache.disk.matrix import MatrixFile, create_matrix
 from infl_cache.errors import DamagedStore
@@ -184,3 +185,21 @@ def test_no_descriptor_is_left_open_by_a_refused_file(path):
     with pytest.raises(DamagedStore):
         MatrixFile(path)
     assert len(os.listdir("/dev/fd")) == len(before)
+
+
+def test_rows_by_their_names_in_any_order(path):
+    matrix = MatrixFile(path, writable=True)
+    rows = [4, 5, 1, 0]
+    matrix.write_rows(rows, 2, VALUES[:4, :3])
+    assert np.array_equal(matrix.read_rows(rows, 2, 3), VALUES[:4, :3])
+    assert np.array_equal(matrix.read_rows([1])[0, 2:5], VALUES[2, :3])
+    matrix.close()
+
+
+def test_rows_of_no_tile_are_nan_and_never_zero(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk_matrix, "PIECE", 5)
+    create_matrix(tmp_path / "m.npy", SHAPE, [0, 3, 4])
+    found = np.load(tmp_path / "m.npy")
+    assert found.shape == SHAPE
+    assert np.flatnonzero(np.isnan(found).all(1)).tolist() == [0, 3, 4]
+    assert not found[[row for row in range(SHAPE[0]) if row not in (0, 3, 4)]].any()

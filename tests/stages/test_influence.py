@@ -7,7 +7,7 @@ from infl_cache.disk.layout import blocks
 from infl_cache.disk.run import RunFolder
 from infl_cache.stages import influence as stage
 from infl_cache.stages.export import export
-from infl_cache.stages.influence import all_tiles
+from infl_cache.stages.tiles import all_tiles
 from tests import tasks
 from tests.tasks import TASKS
 
@@ -73,7 +73,7 @@ def test_a_form_dense_run_gives_the_same_matrix(tmp_path):
 )
 def test_tiles_cover_every_entry_exactly_once(n_test, n_train, rows, block, group):
     seen = np.zeros((n_test, n_train), int)
-    for tile in all_tiles((n_test, n_train), rows, blocks(n_train, block), group):
+    for tile in all_tiles(blocks(n_test, rows), blocks(n_train, block), group):
         seen[tile.test.start : tile.test.stop, tile.columns] += 1
     assert (seen == 1).all()
 

@@ -1,0 +1,132 @@
+"""The tiles of the influence matrix: which rows and columns each holds, and whether they are what was committed.
+
+The unit of work and of commit is a tile: some rows of the s_test store by a run of training blocks. Its values lie in
+`influence.npy` at the rows of the test samples that these rows belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infl_cache.disk.durable import crc32c
+from infl_cache.disk.layout import Block, blocks
+from infl_cache.disk.ledger import BlockRecord
+from infl_cache.disk.matrix import MatrixFile
+from infl_cache.disk.run import RunFolder
+from infl_cache.errors import DamagedStore, IncompleteStore
+from infl_cache.maths.measures import HIGHER_IS_BETTER
+from infl_cache.stages.blocks import some
+
+FINAL, PARTIAL = "influence.npy", "influence.partial.npy"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows `test` by the columns of the training blocks `train`: tile `index` of the matrix."""
+
+    index: int
+    test: Block
+    train: tuple[Block, ...]
+
+    @property
+    def columns(self) -> slice:
+        """The tile's columns in the matrix."""
+        return slice(self.train[0].start, self.train[-1].stop)
+
+    @property
+    def width(self) -> int:
+        """How many columns."""
+        return self.train[-1].stop - self.train[0].start
+
+
+def all_tiles(tests: Iterable[Block], train: Sequence[Block], tile_blocks: int) -> list[Tile]:
+    """The tiles of a matrix in the order they are computed: every entry in exactly one."""
+    groups = [tuple(train[i : i + tile_blocks]) for i in range(0, len(train), tile_blocks)]
+    pairs = [(test, group) for test in tests for group in groups]
+    return [Tile(index, test, group) for index, (test, group) in enumerate(pairs)]
+
+
+def uncovered(folder: RunFolder, covered: int, tile_rows: int) -> list[list[int]]:
+    """Tiles' rows of the s_test store from row `covered` on, which must be the end of a span or of all that is done."""
+    found = []
+    for start, stop in folder.plan("stest").get("spans", [[0, folder.plan("stest")["n_rows"]]]):
+        first = max(start, covered)
+        found += [[first + each.start, first + each.stop] for each in blocks(max(0, stop - first), tile_rows)]
+    return found
+
+
+def tile_rows_of(folder: RunFolder) -> list[list[int]]:
+    """Rows `[start, stop]` of the s_test store of each row of tiles, as planned."""
+    plan = folder.plan("influence")
+    found: list[list[int]] = plan.get("tests") or [
+        [block.start, block.stop] for block in blocks(folder.plan("stest")["n_rows"], plan["tile_rows"])
+    ]
+    return found
+
+
+def planned_tiles(folder: RunFolder) -> list[Tile]:
+    """The tiles of a run's matrix as the stage was begun and extended."""
+    tests = [Block(index, start, stop) for index, (start, stop) in enumerate(tile_rows_of(folder))]
+    return all_tiles(tests, folder.stage_blocks("grads"), folder.plan("influence")["tile_blocks"])
+
+
+def matrix_tests(folder: RunFolder) -> NDArray[np.int64]:
+    """The test samples that the matrix holds rows of, in ascending order."""
+    samples = folder.samples("stest")
+    return np.sort(np.concatenate([samples[start:stop] for start, stop in tile_rows_of(folder)]))
+
+
+def solved(folder: RunFolder) -> tuple[NDArray[np.int64], dict[str, NDArray[np.generic]]]:
+    """The test samples whose s_test is done, and residual, iterations and convergence of each."""
+    store, samples, done = folder.store("stest"), folder.samples("stest"), folder.records("stest")
+    ready = [block for block in folder.stage_blocks("stest") if block.index in done]
+    parts = [store.read_block(block, ["residual", "iterations", "converged"]) for block in ready]
+    tests = np.concatenate([samples[block.start : block.stop] for block in ready])
+    return tests, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def sign_of(folder: RunFolder) -> int:
+    """-1 where a positive influence is the helpful one, because what is explained is better when higher."""
+    return -1 if folder.plan("stest").get("measure") in HIGHER_IS_BETTER else 1
+
+
+def checked_tiles(folder: RunFolder, tiles: Sequence[Tile]) -> dict[int, BlockRecord]:
+    """The committed tiles, each compared with its checksum; `DamagedStore` names rows and columns otherwise."""
+    records = folder.records("influence")
+    if not records:
+        return {}
+    name = FINAL if (folder.path / FINAL).exists() else PARTIAL
+    if not (folder.path / name).exists():
+        raise DamagedStore(f"{folder.path / FINAL}: expected a matrix, found no file; run infl-cache influence --force")
+    samples = folder.samples("stest")
+    matrix = MatrixFile(folder.path / name)
+    try:
+        for tile in tiles:
+            if tile.index in records:
+                rows = samples[tile.test.start : tile.test.stop]
+                values = matrix.read_rows(rows, tile.columns.start, tile.width)
+                if crc32c(values.tobytes()) != records[tile.index].files[0].crc:
+                    raise DamagedStore(
+                        f"{folder.path / name}: test rows {_words(rows)}, train columns {tile.columns.start} to"
+                        f" {tile.columns.stop - 1} are not what was committed; run infl-cache influence --force"
+                    )
+    finally:
+        matrix.close()
+    return records
+
+
+def require_sound_matrix(folder: RunFolder) -> None:
+    """Raise unless `influence.npy` is finished and, byte for byte, what was committed."""
+    folder.require_complete("influence")
+    checked_tiles(folder, planned_tiles(folder))
+    if not (folder.path / FINAL).exists():
+        raise IncompleteStore(f"{folder.path / FINAL}: expected a finished matrix, found none; run influence")
+
+
+def _words(rows: NDArray[np.int64]) -> str:
+    following = np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows)))
+    return f"{rows[0]} to {rows[-1]}" if following else some(rows.tolist())
