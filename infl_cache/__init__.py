@@ -14,7 +14,8 @@ from infl_cache.errors import (
     Interrupted,
     Locked,
 )
-from infl_cache.maths.task import Task, load_task
+from infl_cache.maths.load import load_task
+from infl_cache.maths.task import Task
 from infl_cache.pipeline import Run
 from infl_cache.stages.rank import Ranking
 

@@ -18,7 +18,8 @@ from infl_cache import __version__
 from infl_cache.config import SECTIONS, option_fields, read_config_file
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput, DamagedStore, InflCacheError, Interrupted
-from infl_cache.maths.task import Task, load_task
+from infl_cache.maths.load import load_task
+from infl_cache.maths.task import Task
 from infl_cache.pipeline import STAGES, Run
 from infl_cache.progress import human_bytes, human_seconds
 from infl_cache.stages.export import FORMATS, export
