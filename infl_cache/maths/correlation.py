@@ -37,7 +37,8 @@ def ranks(values: Tensor) -> Tensor:
     """
     _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
     last = count.cumsum(0).double() - 1
-    return (last - (count.double() - 1) / 2)[place]
+    places: Tensor = (last - (count.double() - 1) / 2)[place]
+    return places
 
 
 def slope(predicted: Tensor, actual: Tensor) -> float:
