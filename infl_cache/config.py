@@ -12,13 +12,14 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from infl_cache.errors import BadInput
 
 MAX_CONFIG_BYTES = 1_000_000
+Made = TypeVar("Made")
 # No option means anything beyond this, and larger integers do not fit the arithmetic behind them.
 LARGEST = 2**62
 _SHORT = reprlib.Repr()
@@ -153,21 +154,18 @@ class Options:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
                 raise BadInput(f"unknown option {str(key)[:60]!r}{hint}")
-        sections = {}
-        for section, kind in SECTIONS.items():
-            hints = get_type_hints(kind)
-            sections[section] = kind(
-                **{
-                    f.name: _checked(f, hints[f.name], given[f.name])
-                    for f in dataclasses.fields(kind)
-                    if f.name in given
-                }
-            )
+        sections: dict[str, Any] = {section: options_of(kind, given) for section, kind in SECTIONS.items()}
         return cls(**sections)
 
     def flat(self) -> dict[str, Any]:
         """The flat mapping that `resolve` takes; round-trips."""
         return {key: value for section in SECTIONS for key, value in dataclasses.asdict(getattr(self, section)).items()}
+
+
+def options_of(kind: type[Made], given: Mapping[str, Any]) -> Made:
+    """A dataclass of options from the values that `given` has for its fields; `BadInput` for a wrong one."""
+    hints, fields = get_type_hints(kind), dataclasses.fields(kind)  # type: ignore[arg-type]
+    return kind(**{f.name: _checked(f, hints[f.name], given[f.name]) for f in fields if f.name in given})
 
 
 def option_fields() -> Iterator[tuple[str, str, dataclasses.Field[Any]]]:

@@ -97,8 +97,7 @@ class ConvexRetraining:
         self.batches = remembered(lambda: self._loaded(self.size, self.rows), self.budget)
         self._full: Minimum | None = None
         self._solve: Callable[[Tensor], Tensor] | None = None
-        # |gradient| at the trained weights over that of one sample's share, and what stayed of those of retrainings.
-        self.off_optimum = 0.0
+        # What was left of the gradient that the removed samples make, where it did not vanish.
         self.unfinished: list[float] = []
 
     def check(self) -> None:
@@ -127,11 +126,14 @@ class ConvexRetraining:
         self._put(found.point)
         return self.wide.model
 
+    def off_optimum(self) -> float:
+        """The norm of the objective's gradient at the trained parameters, in units of what one sample has in it."""
+        return float(self._gradient(self.trained, self.trained.new_ones(self.n_train)).norm()) / self._share()
+
     def _whole(self) -> Minimum:
         """The minimum with all samples: what every other one is compared with and starts from."""
         if self._full is None:
             ones, share = self.trained.new_ones(self.n_train), self._share()
-            self.off_optimum = float(self._gradient(self.trained, ones).norm()) / share
             found = minimise(
                 lambda at: self._gradient(at, ones), self.trained, TOLERANCE * share, self._factorised(self.trained)
             )
