@@ -17,6 +17,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from infl_cache.maths.samples import Batch, spread
 from infl_cache.maths.task import Task, blaming, outputs_at, per_sample, reference_gradient, values_of
 
 # Relative to the gradient that a removal makes at first.
-TOLERANCE = 1e-8
+TOLERANCE = 1e-10
 # What is still good enough to be shown, where rounding allows no better.
 GOOD_ENOUGH = 1e-4
 # A gradient over the mean |grad L| of the samples, below which float64 does not go.
@@ -40,6 +41,9 @@ ROUNDING = 4e-16
 # Up to so many parameters the curvature is factorised once, and each retraining takes a handful of iterations.
 FACTORISED = 2000
 COLUMNS = 128
+MAX_BATCH = 2048
+# A minimum that was reached in so few iterations has the curvature of where they began.
+SAME_CURVATURE = 6
 JITTER = 1e-9
 DIRECTIONS = 3
 # Outputs of one sample up to which the Hessian of its loss is looked at whole.
@@ -77,8 +81,9 @@ class ConvexRetraining:
     """`retraining(keep)` is the task's model, in float64, at the minimum for the samples of the bool mask `keep` (n,).
 
     `load(groups)` gives the training samples with those indices, batch by batch, in the model's own type; `rows` are
-    those that count, `size` of them in a batch, kept in memory where `budget` bytes hold them; `tick()` is called
-    before each batch. The model returned is one and the same object, with other weights after the next call.
+    those that count, at most `size` of them fit into a batch; they are kept in memory where `budget` bytes hold them;
+    `tick()` is called before each batch. The model returned is one and the same object, with other weights after the
+    next call.
     """
 
     task: Task
@@ -94,7 +99,7 @@ class ConvexRetraining:
     def __post_init__(self) -> None:
         self.wide = in_dtype(self.task, copy.deepcopy(self.task.model).double())
         self.trained = flatten(self.parameters, values_of(self.wide.model, self.parameters)).clone()
-        self.batches = remembered(lambda: self._loaded(self.size, self.rows), self.budget)
+        self.batches = remembered(lambda: self._loaded(min(self.size, MAX_BATCH), self.rows), self.budget)
         self._full: Minimum | None = None
         self._solve: Callable[[Tensor], Tensor] | None = None
         # What was left of the gradient that the removed samples make, where it did not vanish.
@@ -117,32 +122,34 @@ class ConvexRetraining:
         found = full
         if not bool(keep.all()):
             first = float(self._gradient(full.point, weights).norm())
-            floor = ROUNDING * self._share() * self.n_train
-            found = minimise(
-                lambda at: self._gradient(at, weights), full.point, max(TOLERANCE * first, floor), self._solve
-            )
-            if found.norm > max(GOOD_ENOUGH * first, floor):
+            target = max(TOLERANCE * first, self._floor)
+            found = minimise(lambda at: self._gradient(at, weights), full.point, target, self._solve)
+            if found.norm > max(GOOD_ENOUGH * first, self._floor):
                 self.unfinished.append(found.norm / first)
         self._put(found.point)
         return self.wide.model
 
     def off_optimum(self) -> float:
         """The norm of the objective's gradient at the trained parameters, in units of what one sample has in it."""
-        return float(self._gradient(self.trained, self.trained.new_ones(self.n_train)).norm()) / self._share()
+        return float(self._gradient(self.trained, self.trained.new_ones(self.n_train)).norm()) / self._share
 
     def _whole(self) -> Minimum:
         """The minimum with all samples: what every other one is compared with and starts from."""
         if self._full is None:
-            ones, share = self.trained.new_ones(self.n_train), self._share()
-            found = minimise(
-                lambda at: self._gradient(at, ones), self.trained, TOLERANCE * share, self._factorised(self.trained)
-            )
-            if found.norm > GOOD_ENOUGH * share:
+            ones, share = self.trained.new_ones(self.n_train), self._share
+            solve = self._factorised(self.trained)
+            target = max(TOLERANCE * share, self._floor)
+            found = minimise(lambda at: self._gradient(at, ones), self.trained, target, solve)
+            if found.iterations > SAME_CURVATURE:
+                solve = self._factorised(found.point)
+            # Where the minimum is at infinity the gradient vanishes on the way, but a step stays a step.
+            step = float(solve(self._gradient(found.point, ones)).norm()) if solve is not None else 0.0
+            if found.norm > GOOD_ENOUGH * share or step > GOOD_ENOUGH * float(found.point.norm()):
                 raise BadInput(
-                    f"retrain: expected the training loss to have a minimum, found a gradient of {found.norm:.1e} after"
-                    f" {found.iterations} iterations;\na run with more weight_decay or --damping has one"
+                    f"retrain: expected the training loss to have a minimum, found none in {found.iterations} steps"
+                    f" (gradient {found.norm:.1e}, next step {step:.1e});\na run with more weight_decay or damping has it"
                 )
-            self._full, self._solve = found, self._factorised(found.point)
+            self._full, self._solve = found, solve
         return self._full
 
     def _gradient(self, at: Tensor, weights: Tensor) -> Tensor:
@@ -157,6 +164,7 @@ class ConvexRetraining:
                 total += torch.autograd.grad(losses @ weights[places], theta)[0]
         return total / self.n_train + self.wide.weight_decay * at + self.damping * (at - self.trained)
 
+    @cached_property
     def _share(self) -> float:
         """What one sample has in the gradient of the objective: mean |grad L| / n, from some samples."""
         norms = []
@@ -165,15 +173,21 @@ class ConvexRetraining:
             norms.append(math.sqrt(sum(float(each.square().sum()) for each in found.values() if each is not None)))
         return max(sum(norms) / len(norms), 1e-290) / self.n_train
 
+    @property
+    def _floor(self) -> float:
+        """The norm of a gradient that rounding alone makes."""
+        return ROUNDING * self._share * self.n_train
+
     def _factorised(self, at: Tensor) -> Callable[[Tensor], Tensor] | None:
         """`v -> A^-1 v` with A the curvature at `at`, made a little more definite; None where it would be too large."""
         size = self.parameters.size
         if size > FACTORISED:
             return None
         self._put(at)
+        rows = max(1, min(self.size // COLUMNS, MAX_BATCH))
         operator = Curvature(
-            task=self.wide, parameters=self.parameters, kind="ggn", batches=lambda: self._loaded(COLUMNS, self.rows),
-            pick=lambda rows: (), n_train=self.n_train, damping=self.damping, dtype=torch.float64, tick=self.tick,
+            task=self.wide, parameters=self.parameters, kind="ggn", batches=lambda: self._loaded(rows, self.rows),
+            pick=lambda some: (), n_train=self.n_train, damping=self.damping, dtype=torch.float64, tick=self.tick,
         )  # fmt: skip
         unit = torch.eye(size, dtype=torch.float64, device=at.device)
         matrix = (

@@ -18,7 +18,7 @@ Gradient = Callable[[Tensor], Tensor]
 MEMORY = 30
 MAX_ITERATIONS = 1000
 # Without a smaller gradient for so many iterations, rounding is all that is left.
-STALLED = 12
+STALLED = 50
 # A step is taken once the slope at its end is at most this part of the slope at its start.
 FLATTER = 0.5
 TRIALS = 40

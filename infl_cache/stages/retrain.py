@@ -33,7 +33,6 @@ Retraining = Callable[[Tensor], nn.Module]
 
 FILE = f"{VALIDATION}/retrained.jsonl"
 MEASURED_AT_ONCE = 256
-MAX_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def built_in(setting: Setting, checked: bool = True) -> ConvexRetraining:
     kept = 2 * activation_bytes(task, setting.parameters, probe_batch(task, range(min(8, n_train)), setting.device))
     made = ConvexRetraining(
         task, setting.parameters, lambda groups: batches(task.train, "train", task.collate, groups, setting.device),
-        rows, max(1, min(MAX_BATCH, setting.budget // 8 // kept)), n_train, setting.damping, setting.budget // 4,
+        rows, max(1, setting.budget // 8 // kept), n_train, setting.damping, setting.budget // 4,
         setting.check,
     )  # fmt: skip
     if checked:

@@ -18,8 +18,8 @@ from infl_cache.maths.correlation import error_of_mean, pearson, slope, spearman
 # Test samples that have a line of their own in the table.
 LINES = 10
 WHAT = {
-    "loo": "leave-one-out: {n} training samples removed one by one",
-    "group": "groups: {n} groups of {size} training samples removed one by one",
+    "loo": "leave-one-out: {n} training samples, one removed at a time",
+    "group": "groups: {n} groups of {size} training samples, one removed at a time",
     "lds": "linear datamodeling score: {n} random subsets of {kept} training samples",
 }
 WAY = {"task": "retrained by the task's own function", "lbfgs": "retrained to the minimum by L-BFGS in float64"}
@@ -88,8 +88,8 @@ class Validation:
     def headline(self) -> str:
         """The figures in one line."""
         if self.kind != "lds":
-            return f"Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f}, slope {self.slope:.3f}"
-        error = f" +- {self.error:.3f}" if math.isfinite(self.error) else ""
+            return f"Pearson {self.pearson:.4f}, Spearman {self.spearman:.4f}, slope {self.slope:.3f}"
+        error = f" ± {self.error:.3f}" if math.isfinite(self.error) else ""
         return f"LDS (mean Spearman) {self.spearman:.3f}{error}, Pearson {self.pearson:.3f}, slope {self.slope:.3f}"
 
     def __str__(self) -> str:
