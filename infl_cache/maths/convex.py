@@ -147,7 +147,7 @@ class ConvexRetraining:
             if found.norm > GOOD_ENOUGH * share or step > GOOD_ENOUGH * float(found.point.norm()):
                 raise BadInput(
                     f"retrain: expected the training loss to have a minimum, found none in {found.iterations} steps"
-                    f" (gradient {found.norm:.1e}, next step {step:.1e});\na run with more weight_decay or damping has it"
+                    f" (gradient {found.norm:.1e}, next step {step:.1e});\nmore weight_decay or damping makes one"
                 )
             self._full, self._solve = found, solve
         return self._full
