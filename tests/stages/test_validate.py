@@ -480,3 +480,21 @@ def test_the_same_refusals_in_python(tmp_path):
         Run(tmp_path / "run", dataclasses.replace(task, weight_decay=0.0)).validate()
     with pytest.raises(ForeignRun, match="measure"):
         Run(tmp_path / "run", dataclasses.replace(task, measure=lambda o, t: o[:, 0])).validate()
+
+
+def test_a_single_other_sample_makes_another_task(tmp_path):
+    task = logistic()
+    run_of(tmp_path / "run", task)
+    x, y = (each.clone() for each in task.train.tensors)
+    x[1] += 1
+    with pytest.raises(ForeignRun, match=r"train\[1\]: expected the sample"):
+        Run(tmp_path / "run", dataclasses.replace(task, train=TensorDataset(x, y))).validate()
+
+
+def test_the_tasks_own_retraining_never_gets_a_skipped_sample(tmp_path):
+    task = retrained(40)
+    x, y = (each.clone() for each in task.train.tensors)
+    x[7] = torch.nan
+    run_of(tmp_path / "run", dataclasses.replace(task, train=TensorDataset(x, y)), nonfinite="skip").validate(points=3)
+    assert len(MASKS) == 4
+    assert not any(mask[7] for mask in MASKS)
