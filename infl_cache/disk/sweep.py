@@ -11,7 +11,7 @@ from infl_cache.errors import BadInput
 # What each stage leaves in the run folder.
 OUTPUTS = {
     "grads": ("grad_z.zarr",),
-    "stest": ("s_test.zarr", "s_test.state"),
+    "stest": ("s_test.zarr", "s_test.state", "s_test.fit"),
     "influence": ("influence.npy", "influence.partial.npy"),
     "rankings": ("rankings.npz",),
 }

@@ -25,6 +25,7 @@ from infl_cache.maths.solvers.exact import COLUMNS
 from infl_cache.maths.task import losses_of
 from infl_cache.progress import Bar, progress
 from infl_cache.stages.blocks import some
+from infl_cache.stages.fits import KeptFit
 from infl_cache.stages.grads import CHECKED_SAMPLES, rows_at_once
 from infl_cache.stages.keeping import Keeping
 from infl_cache.stages.opening import (
@@ -177,7 +178,7 @@ def _prepared(run: Opened, forms: Forms, sides: int, products: _Products) -> Sol
     run.folder.remember("stest", damping=damping)
     rows = curvature_samples(run)
     operator = damped_curvature(run, forms, sides, damping, rows, tick=products.tick, note=products.note)
-    return make_solver(run.options.stest, run.budget, spectrum).prepare(operator)
+    return make_solver(run.options.stest, run.budget, spectrum, KeptFit(run)).prepare(operator)
 
 
 class _Products:

@@ -9,9 +9,10 @@ import torch
 
 from infl_cache.config import StestOptions
 from infl_cache.errors import BadInput
-from infl_cache.maths.capture import Forms
+from infl_cache.maths.capture import Forms, capture
 from infl_cache.maths.curvature import Curvature, Rows, captured, output_rows, remembered
 from infl_cache.maths.curvature.jacobian import Jacobian, forms_for_products, of_gradients
+from infl_cache.maths.curvature.rows import in_dtype
 from infl_cache.maths.probe import activation_bytes, probe_batch
 from infl_cache.maths.samples import Batch, batches
 from infl_cache.stages.opening import Opened, stored_dtype
@@ -80,7 +81,7 @@ def damped_curvature(
     if kind == "ggn":
         made = _output_rows(run, forms, sides, rows, dtype, hooks["note"])
     elif kind == "fisher":
-        made = _gradient_rows(run, rows, dtype)
+        made = _stored_rows(run, rows, dtype)
     return Curvature(
         task=run.task,
         parameters=run.parameters,
@@ -91,12 +92,13 @@ def damped_curvature(
         damping=damping,
         dtype=dtype,
         rows=made,
+        other_rows=lambda: _rows_to_fit(run, forms, rows, dtype, hooks["note"]),
         **hooks,
     )
 
 
 def _batches(
-    run: Opened, sides: int, rows: Sequence[int], dtype: torch.dtype, row_bytes: int = 0
+    run: Opened, sides: int, rows: Sequence[int], dtype: torch.dtype, row_bytes: int = 0, most: int = MAX_BATCH
 ) -> tuple[int, Callable[[], Iterable[Batch]]]:
     """Samples in a micro-batch, and a function that loads one pass of them."""
     first = probe_batch(run.task, range(min(8, len(run.task.train))), run.device)
@@ -104,7 +106,7 @@ def _batches(
     # One pass keeps, per sample, the activations once and their derivatives for each of the vectors.
     room = min(run.budget // 4, HOST_WORKING_SET) if run.device.type == "cpu" else run.budget // 4
     fitting = room // (kept * (1 + sides) + row_bytes)
-    size = run.options.resources.batch_size or max(SMALLEST_BATCH, min(MAX_BATCH, fitting))
+    size = min(most, run.options.resources.batch_size or max(SMALLEST_BATCH, min(MAX_BATCH, fitting)))
 
     def load() -> Iterable[Batch]:
         groups = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -131,7 +133,28 @@ def _output_rows(
     return Rows(forms, passes, row_bytes)
 
 
-def _gradient_rows(run: Opened, rows: Sequence[int], dtype: torch.dtype) -> Rows:
+def _rows_to_fit(
+    run: Opened, forms: Forms, rows: Sequence[int], dtype: torch.dtype, note: Callable[[str], None]
+) -> Rows:
+    """Rows for an approximation where products are made otherwise: of the outputs, else of the loss."""
+    found = _output_rows(run, forms, MAX_BATCH, rows, dtype, note)
+    if found is not None:
+        return found
+    note("the outputs cannot be differentiated one by one: EK-FAC is fitted to the empirical Fisher matrix")
+    task = in_dtype(run.task, dtype)
+    made = forms_for_products(forms, 1)
+    row_bytes = 4 * (made.row_size + forms.parameters.size)
+    _, load = _batches(run, 1, rows, dtype, row_bytes, made.at_once(MAX_BATCH))
+
+    def gradients() -> Iterable[Jacobian]:
+        for batch in load():
+            captured = capture(task, made, batch)
+            yield of_gradients(made, made, captured.factors, captured.dense)
+
+    return Rows(made, gradients, 0)
+
+
+def _stored_rows(run: Opened, rows: Sequence[int], dtype: torch.dtype) -> Rows:
     """The training gradients as stage 1 stored them, one row a sample."""
     run.folder.require_complete("grads")
     stored = Forms.from_json(run.folder.plan("grads")["forms"])

@@ -31,7 +31,8 @@ class Curvature:
 
     `batches()` gives one pass over the training set, `pick(indices)` some of its samples; `tick()` is called
     before each batch and may raise to stop a long product; `note(text)` hears of slower ways that had to be
-    taken. Arithmetic is in `dtype`. Where `rows` are given (always for fisher) they make the products.
+    taken. Arithmetic is in `dtype`. Where `rows` are given (always for fisher) they make the products; `other_rows`
+    is for approximations where they are not.
     """
 
     task: Task
@@ -45,6 +46,15 @@ class Curvature:
     tick: Callable[[], None] = _nothing
     note: Callable[[str], None] = _say_nothing
     rows: Rows | None = None
+    other_rows: Callable[[], Rows] | None = None
+
+    def fit_rows(self) -> Rows:
+        """Rows whose sum of squares is the curvature, or as near to it as can be had."""
+        if self.rows is not None:
+            return self.rows
+        if self.other_rows is None:
+            raise TypeError("expected rows to fit an approximation to, found none")
+        return self.other_rows()
 
     @property
     def shift(self) -> float:

@@ -11,25 +11,33 @@ from torch import Tensor
 
 from infl_cache.config import StestOptions
 from infl_cache.maths.curvature import Spectrum
-from infl_cache.maths.solvers.base import Operator, Solution, Solve, Solver
+from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution, Solve, Solver
 from infl_cache.maths.solvers.cg import CG
+from infl_cache.maths.solvers.ekfac import ByEKFAC, approximate_inverse
 from infl_cache.maths.solvers.exact import Exact
 from infl_cache.maths.solvers.identity import Identity
 from infl_cache.maths.solvers.lissa import LiSSA
 from infl_cache.maths.solvers.pcg import PCG
 
 __all__ = [
-    "CG", "PCG", "Exact", "Identity", "LiSSA", "Operator", "Solution", "Solve", "Solver", "make_solver", "solve",
+    "CG", "PCG", "ByEKFAC", "Exact", "Identity", "LiSSA", "Operator", "Solution", "Solve", "Solver", "make_solver",
+    "solve",
 ]  # fmt: skip
 
 
-def make_solver(options: StestOptions, memory: int | None = None, spectrum: Spectrum | None = None) -> Solver:
-    """The solver that the options name, with its share of them and of `memory` bytes."""
+def make_solver(
+    options: StestOptions, memory: int | None = None, spectrum: Spectrum | None = None, fits: Keeper = FORGETFUL
+) -> Solver:
+    """The solver that the options name, with its share of them and of `memory` bytes; `fits` keeps what it fits."""
     tolerance = 1e-4 if options.tolerance is None else options.tolerance
     if options.solver == "identity":
         return Identity()
     if options.solver == "pcg":
-        return PCG(tolerance, options.max_iterations)
+        by_ekfac = options.preconditioner == "ekfac"
+        fit = (lambda operator: approximate_inverse(operator, fits)) if by_ekfac else None
+        return PCG(tolerance, options.max_iterations, fit)
+    if options.solver == "ekfac":
+        return ByEKFAC(options.tolerance, fits)
     if options.solver == "exact":
         return Exact(memory)
     if options.solver == "cg":
