@@ -248,6 +248,22 @@ def test_an_extension_by_whole_blocks_has_the_bits_of_a_calm_run(tmp_path, full)
     assert run.scores().tobytes() == full.scores().tobytes()
 
 
+def test_samples_that_came_one_by_one_share_a_pass_over_the_gradients(tmp_path, full):
+    for test in ("3", "9", "0", "5:8"):
+        run = run_of(tmp_path / "r", test=test)
+        run.grads(), run.stest()
+    assert RunFolder(tmp_path / "r").plan("stest")["spans"] == [[0, 1], [2, 3], [4, 5], [6, 9]]
+    run.influence()
+    assert RunFolder(tmp_path / "r").plan("influence")["tests"] == [[0, 9]]
+    assert np.allclose(run.scores()[[0, 3, 5, 6, 7, 9]], full.scores()[[0, 3, 5, 6, 7, 9]], rtol=1e-3, atol=1e-7)
+    assert np.isnan(run.scores()[[1, 2, 4, 8, 10]]).all()
+    for test in ("1", "2", "4", "8"):
+        run_of(tmp_path / "r", test=test).stest()
+    assert run_of(tmp_path / "r", tile_rows=1).influence().computed == 4
+    assert np.allclose(run.scores()[:10], full.scores()[:10], rtol=1e-3, atol=1e-7)
+    assert verify(RunFolder(tmp_path / "r"), show=False) == []
+
+
 def test_without_a_word_it_is_what_the_run_was_asked_for(tmp_path):
     run_of(tmp_path / "r", test="0:3").all()
     assert run_of(tmp_path / "r").stest().rows == 3
