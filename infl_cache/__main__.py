@@ -187,6 +187,7 @@ def _prepared(given: Namespace) -> tuple[Run, bool]:
 
 
 def _run_stages(names: Sequence[str], given: Namespace) -> None:
+    """The named stages, a line for each as it ends; after all of them a short report."""
     run, force = _prepared(given)
     # `run --force` starts everything over at once: no stage then finds another's older options in its way.
     results = run.all(force) if force and len(names) > 1 else (getattr(run, name)(force) for name in names)

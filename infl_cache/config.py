@@ -81,15 +81,33 @@ class GradsOptions:
 class StestOptions:
     """Stage 2: which linear system is solved, and how. Part of that stage's identity."""
 
-    solver: Literal["cg", "exact", "lissa"] = option(
-        "cg", "cg: conjugate gradients; exact: dense float64 (up to 20,000 parameters); lissa: the paper's recursion"
+    solver: Literal["cg", "pcg", "exact", "lissa", "ekfac", "fisher", "identity"] = option(
+        "cg",
+        "cg: conjugate gradients; pcg: block cg with a preconditioner; exact: dense float64 (up to 20,000 parameters);"
+        " lissa: the paper's recursion; ekfac: Kronecker-factored approximation; fisher: the empirical Fisher matrix,"
+        " exactly, from the stored gradients; identity: plain products of gradients",
     )
-    curvature: Literal["ggn", "hessian"] = option("ggn", "Gauss-Newton (never indefinite) or the exact Hessian")
-    damping: float = option(0.01, "added to the diagonal of the curvature", 0.0)
+    curvature: Literal["auto", "ggn", "hessian", "fisher"] = option(
+        "auto",
+        "ggn: Gauss-Newton (never indefinite); hessian: exact; fisher: empirical, from the stored gradients;"
+        " auto: ggn, but fisher for that solver",
+    )
+    curvature_samples: int | None = option(
+        None, "a fixed random subsample of the training set for the curvature; all if not given", 1
+    )
+    damping: float | Literal["auto"] = option(
+        0.01,
+        "added to the diagonal of the curvature; auto: a thousandth of its largest eigenvalue, and enough to make an"
+        " indefinite Hessian definite",
+        0.0,
+    )
     tolerance: float | None = option(
-        None, "cg: relative residual, 1e-4 if not given; lissa: relative error of s_test, 0.02 if not given", 0.0
+        None,
+        "cg, pcg, fisher: relative residual, 1e-4 if not given; lissa: relative error of s_test, 0.02 if not given",
+        0.0,
     )
-    max_iterations: int = option(1000, "cg: most iterations for one block of test samples", 1)
+    max_iterations: int = option(1000, "cg, pcg: most iterations for one block of test samples", 1)
+    preconditioner: Literal["ekfac", "none"] = option("ekfac", "pcg: what makes it converge faster")
     scale: float | None = option(
         None, "lissa: divides each step; must exceed the curvature; estimated if not given", 1e-30
     )
@@ -140,18 +158,10 @@ class Resources:
     progress: bool = option(True, "progress bars (they are silent in a file anyway)")
 
 
-SECTIONS = {
-    "grads": GradsOptions,
-    "stest": StestOptions,
-    "selection": SelectionOptions,
-    "influence": InfluenceOptions,
-    "resources": Resources,
-}
-# What a value should have been, where the name of its type does not tell.
-EXPECTED = {
-    "memory": "a size such as 2GB or 512MiB",
-    "test": "a string such as '0:1000' or '5,7,100:200' (in a YAML file in quotes), or a list of indices",
-}
+SECTIONS = {"grads": GradsOptions, "stest": StestOptions, "selection": SelectionOptions,
+            "influence": InfluenceOptions, "resources": Resources}  # fmt: skip
+EXPECTED = {"memory": "a size such as 2GB or 512MiB",
+            "test": "a string such as '0:1000' or '5,7,100:200' (in YAML in quotes), or a list of indices"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -244,8 +254,9 @@ def _plain_yaml(text: str) -> Any:
 def _checked(spec: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     """`value` as the field's type, or `BadInput` that names field, value and what is allowed."""
     choices = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
-    if value is None and type(None) in choices:
-        return None
+    words = next((get_args(each) for each in choices if len(choices) > 1 and get_origin(each) is Literal), ())
+    if (value is None and type(None) in choices) or (isinstance(value, str) and value in words):
+        return value
     kind = next(each for each in choices if each is not type(None))
     name, found = spec.name.replace("_", "-"), short(value)
     if get_origin(kind) is Literal:
@@ -253,11 +264,10 @@ def _checked(spec: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
             raise BadInput(f"{name}: expected one of {', '.join(get_args(kind))}, found {found}")
         return value
     try:
-        if spec.name == "test":
-            value = _listed(value)
-        value = parse_size(value) if spec.name == "memory" else _converted(kind, value)
+        special = {"memory": parse_size, "test": _selection}.get(spec.name)
+        value = special(value) if special is not None else _converted(kind, value)
     except (ValueError, OverflowError, TypeError):
-        expected = EXPECTED.get(spec.name, kind.__name__)
+        expected = EXPECTED.get(spec.name, " or ".join([kind.__name__, *words]))
         raise BadInput(f"{name}: expected {expected}, found {found}") from None
     if kind in (int, float):
         _check_range(name, spec.metadata["low"], spec.metadata["high"], value)
@@ -275,10 +285,11 @@ def _converted(kind: type, value: Any) -> Any:
     return value
 
 
-def _listed(value: Any) -> Any:
-    """Indices in a list, an array or a range as text; anything else as it is."""
+def _selection(value: Any) -> Any:
+    """Text, or indices in a list, an array or a range, as text."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    return ",".join(str(operator.index(each)) for each in value) if isinstance(value, (list, tuple, range)) else value
+    indices = value if isinstance(value, (list, tuple, range)) else None
+    return _converted(str, value) if indices is None else ",".join(str(operator.index(each)) for each in indices)
 
 
 def _check_range(name: str, low: float | None, high: float | None, value: float) -> None:

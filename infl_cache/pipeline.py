@@ -143,7 +143,7 @@ class Run:
         self.folder = RunFolder(self.path)
         forms = Forms.from_json(self.folder.plan("grads")["forms"])
         identity = self.folder.manifest.stages["grads"]["identity"]
-        if not identity["cache"]:
+        if not identity.get("cache", True):
             raise IncompleteStore(f"{self.path}: expected stored gradients, found a run that was made with --no-cache")
         store = self.folder.store("grads")
         kind = identity["dtype"] if identity["dtype"] not in NARROW else self.folder.plan("grads")["parameters_dtype"]

@@ -58,6 +58,15 @@ class ArrayLayout:
         """Shape of one chunk."""
         return (self.chunk_rows, *self.chunk_row_shape)
 
+    @classmethod
+    def from_json(cls, each: Mapping[str, Any]) -> ArrayLayout:
+        """The layout that was written down as plain data."""
+        return cls(
+            str(each["path"]), int(each["n_rows"]), tuple(map(int, each["row_shape"])), str(each["dtype"]),
+            int(each["chunk_rows"]), tuple(map(int, each["chunk_row_shape"])), str(each.get("stands_for", "")),
+            int(each.get("fill", 0)),
+        )  # fmt: skip
+
 
 def blocks(n_rows: int, block_rows: int) -> tuple[Block, ...]:
     """`n_rows` rows cut into blocks of `block_rows`, the last one shorter.
@@ -172,18 +181,6 @@ def array_layout(
             chunk_row[axis] = -(-chunk_row[axis] // 2)
     stands_for = "" if stands_for == dtype else stands_for
     return ArrayLayout(path, n_rows, tuple(row_shape), dtype, rows, tuple(chunk_row), stands_for, fill)
-
-
-def layouts_of(arrays: Iterable[Mapping[str, Any]]) -> tuple[ArrayLayout, ...]:
-    """The layouts that a plan's JSON holds."""
-    return tuple(
-        ArrayLayout(
-            str(each["path"]), int(each["n_rows"]), tuple(map(int, each["row_shape"])), str(each["dtype"]),
-            int(each["chunk_rows"]), tuple(map(int, each["chunk_row_shape"])), str(each.get("stands_for", "")),
-            int(each.get("fill", 0)),
-        )
-        for each in arrays
-    )  # fmt: skip
 
 
 def chunk_keys(layout: ArrayLayout, block: Block) -> list[str]:

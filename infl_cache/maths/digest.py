@@ -61,8 +61,8 @@ def _condensed(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Long rows of bytes as 64 bits each, and the bytes beyond a multiple of eight; short rows as they are.
 
     The 64 bits are the rows' words times fixed odd random weights, added up modulo 2^64 (multilinear hashing: Carter
-    and Wegman 1979). Any change of one word changes them; it guards against accidents, at ten times the speed of a
-    cryptographic digest, not against somebody who looks for collisions.
+    and Wegman 1979). Any change of one word changes them; it guards against accidents, not against somebody who looks
+    for collisions. By `row_digests` it is 2 to 8 times as fast as blake2b row by row (medians, scripts/bench_store.py).
     """
     length = rows.shape[1] // 8
     if rows.shape[1] < CONDENSED_BYTES:

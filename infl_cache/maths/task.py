@@ -23,6 +23,8 @@ from infl_cache.maths.model import by_its_own_code, called_at
 from infl_cache.maths.params import Parameters
 from infl_cache.maths.samples import Batch
 
+REENTRANT = "expected checkpoints with use_reentrant=False, found use_reentrant=True;\nset it to False"
+
 
 def _inputs_first(model: nn.Module, batch: Any) -> Any:
     """The outputs of `(x, y)` and `(x1, x2, ..., y)` batches."""
@@ -166,6 +168,8 @@ def blaming(what: str) -> Iterator[None]:
     except Exception as error:
         if out_of_memory(error):
             raise
+        if "use_reentrant=True" in str(error):
+            raise BadInput(f"{what}: {REENTRANT}") from error
         lines = traceback.format_exc(limit=-3).rstrip()
         raise BadInput(f"{what} raised {type(error).__name__}: {error}\n{lines}") from error
 

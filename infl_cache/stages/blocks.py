@@ -45,9 +45,9 @@ def compute_blocks(run: Opened, forms: Forms, todo: list[Block], finished: int, 
     """Compute the given blocks; write, sync and commit each while the next one is computed."""
     folder, resources = run.folder, run.options.resources
     store = folder.store("grads", "r+")
-    # Encoding beside a GPU's work is free. On a CPU it would take a processor from the middle of every parallel
-    # operation, each of which then waits for its slowest part: it goes faster in turn, on all processors.
-    encode_here = run.device.type == "cpu"
+    # Beside a GPU's work encoding is free. On 2 cores, in the writer's thread, it made W1, W2, W3 and W5 of
+    # scripts/workloads.py 4 to 9 % slower than in turn.
+    encode_in_turn = run.device.type == "cpu"
     started = [time.perf_counter()]
     with progress("grads", len(run.task.train), finished, show=resources.progress) as bar:
 
@@ -69,9 +69,8 @@ def compute_blocks(run: Opened, forms: Forms, todo: list[Block], finished: int, 
                         f"gradients: expected finite numbers, found NaN or Inf at train samples {some(filled.bad)};"
                         " look at these samples, or go on without them by --nonfinite skip"
                     )
-                if encode_here:
-                    with timings.of("encode here"):
-                        chunks = store.encode_block(filled.block, filled.arrays)
+                if encode_in_turn:
+                    chunks = store.encode_block(filled.block, filled.arrays)
                     filled = replace(filled, arrays={}, chunks=chunks)
                 with timings.of("wait"):
                     behind.put(filled)
@@ -110,8 +109,7 @@ def _filled_blocks(run: Opened, forms: Forms, todo: Sequence[Block], timings: Ti
 
 def _captured(run: Opened, forms: Forms, todo: Sequence[Block], timings: Timings) -> Iterator[tuple[Batch, Captured]]:
     """Every micro-batch of the given blocks and its gradients; out of memory, it goes on with half the batch."""
-    size = run.options.resources.batch_size or run.folder.plan("grads")["batch_size"]
-    size = forms.at_once(size)
+    size = batch_size(run, forms)
     left = [range(block.start, block.stop) for block in todo]
     while left:
         groups = [group for rows in left for group in groups_of(rows.start, rows.stop, size)]
@@ -130,6 +128,11 @@ def _captured(run: Opened, forms: Forms, todo: Sequence[Block], timings: Timings
             log.warning(f"out of memory, going on with batches of {size} samples")
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def batch_size(run: Opened, forms: Forms) -> int:
+    """Training samples in one pass, as asked for or as planned."""
+    return forms.at_once(run.options.resources.batch_size or run.folder.plan("grads")["batch_size"])
 
 
 def _gradients(run: Opened, forms: Forms, batch: Batch) -> Captured:

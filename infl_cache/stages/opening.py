@@ -67,20 +67,8 @@ class StageResult:
 
 
 @contextmanager
-def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
-    """Lock the folder, put the model on its device in eval mode, catch signals; undo all of it on leaving."""
-    device = choose_device(options.resources.device)
-    task = as_asked(task, options)
-    parameters = select(task.model, task.parameters)
-    with folder.writing(), stop_between_blocks() as check, evaluating(task.model, device):
-        remember_tests(folder)
-        budget = memory_budget(options.resources.memory, device)
-        yield Opened(folder, task, options, parameters, device, budget, check, task_identity(task, parameters))
-
-
-@contextmanager
 def looked_at(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
-    """The same for plans: nothing is locked, made or written, and there is nothing to compare the task with."""
+    """Put the model on its device in eval mode; nothing is locked, made or written, nothing compared with the task."""
     device = choose_device(options.resources.device)
     task = as_asked(task, options)
     parameters = select(task.model, task.parameters)
@@ -94,6 +82,14 @@ def as_asked(task: Task, options: Options) -> Task:
     check_selection(options.selection, len(task.test))
     measure = measures.named(options.selection.measure, task.measure)
     return dataclasses.replace(task, model=unwrapped(task.model), measure=measure)
+
+
+@contextmanager
+def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
+    """`looked_at`, with the folder locked and signals caught; all of it is undone on leaving."""
+    with looked_at(folder, task, options) as run, folder.writing(), stop_between_blocks() as check:
+        remember_tests(folder)
+        yield dataclasses.replace(run, check=check, task_identity=task_identity(run.task, run.parameters))
 
 
 def choose_device(name: str) -> torch.device:

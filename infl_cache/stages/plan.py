@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from infl_cache.disk.codecs import Codec
-from infl_cache.disk.layout import Block
 from infl_cache.disk.trial import Trial, try_store
 from infl_cache.maths.capture import Forms, capture
 from infl_cache.maths.capture.cost import cost_of, scored
@@ -46,7 +45,6 @@ class GradsPlan:
     layers: tuple[PlannedLayer, ...]
     n_train: int
     n_params: int
-    itemsize: int
     batch_size: int
     block_rows: int
     compute_rate: float
@@ -89,7 +87,7 @@ def plan_grads(run: Opened) -> GradsPlan:
     tile = max(1, run.budget // 4 // (size * 4))
     asked = asked_tests(run.options.selection, run.task, run.options.resources.progress) or range(len(run.task.test))
     return GradsPlan(
-        tuple(_planned_layers(forms)), plan["n_rows"], size, bytes_a_number(dtype), plan["batch_size"],
+        tuple(_planned_layers(forms)), plan["n_rows"], size, plan["batch_size"],
         plan["block_rows"], compute_rate, rows / trial.write_seconds, rows / trial.read_seconds,
         trial.n_bytes / rows, -(-len(asked) // tile), trial.free, plan.get("rounding"), tuple(notes),
     )  # fmt: skip
@@ -116,8 +114,7 @@ def _trial(run: Opened, forms: Forms, batch_size: int, dtype: str) -> tuple[floa
             seconds, timed = seconds + time.perf_counter() - started, timed + len(batch.indices)
     buffer.wait()
     codec = Codec(run.options.grads.codec, run.options.grads.level)
-    data = buffer.arrays(Block(0, 0, len(chosen)).rows)
-    return timed / seconds, len(chosen), try_store(run.folder.path, arrays, codec, data)
+    return timed / seconds, len(chosen), try_store(run.folder.path, arrays, codec, buffer.arrays(len(chosen)))
 
 
 def _planned_layers(forms: Forms) -> list[PlannedLayer]:

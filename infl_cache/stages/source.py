@@ -12,7 +12,7 @@ from infl_cache.disk.layout import Block
 from infl_cache.errors import ForeignRun, IncompleteStore
 from infl_cache.maths.capture import Factors, Forms, capture
 from infl_cache.maths.samples import batches, groups_of
-from infl_cache.stages.blocks import some
+from infl_cache.stages.blocks import batch_size, some
 from infl_cache.stages.opening import Opened
 from infl_cache.stages.stored import stored_gradients
 
@@ -37,8 +37,7 @@ def _from_store(run: Opened, forms: Forms, wide: torch.dtype) -> Read:
 def _from_model(run: Opened, forms: Forms, wide: torch.dtype) -> Read:
     """Captured anew; every sample is compared with what stage 1 saw."""
     store, records = run.folder.store("grads"), run.folder.records("grads")
-    size = run.options.resources.batch_size or run.folder.plan("grads")["batch_size"]
-    size = forms.at_once(size)
+    size = batch_size(run, forms)
 
     def read(block: Block) -> tuple[Factors, Tensor]:
         run.folder.check_block(records[block.index])

@@ -108,12 +108,12 @@ def _grads_details(folder: RunFolder, n_bytes: int, rows_done: int) -> dict[str,
     forms = folder.plan("grads")["forms"]
     n_params = int((folder.manifest.task or {}).get("n_params", 0))
     others = [f"{len(forms[kind])} {words}" for kind, words in
-              (("spread", "parameters copied"), ("alone", "modules alone")) if forms[kind]]  # fmt: skip
+              (("spread", "parameters copied"), ("alone", "modules alone")) if forms.get(kind)]  # fmt: skip
     others += [f"{len(forms['mapped'])} parameters by {forms['engine']} of the model"] if forms["mapped"] else []
     counts = [f"{len(forms['factored'])} layers factored", f"{len(forms['expanded'])} multiplied out", *others]
     details = {"forms": ", ".join(counts)}
     identity = folder.manifest.stages["grads"]["identity"]
-    if not identity["cache"]:
+    if not identity.get("cache", True):  # older versions kept the gradients always
         return {**details, "gradients": "not kept, computed again by stage 3 (--no-cache)"}
     if "rounding" in folder.plan("grads"):
         details["rounding"] = (

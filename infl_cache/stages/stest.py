@@ -20,7 +20,7 @@ from infl_cache.maths.capture import Forms, capture, decide_forms, rows_of
 from infl_cache.maths.measures import words_for
 from infl_cache.maths.probe import check_gradients_arrive, check_independence, probe_batch
 from infl_cache.maths.samples import batches, groups_among, spread
-from infl_cache.maths.solvers import Solution, make_solver
+from infl_cache.maths.solvers import Identity, Solution, Solve, make_solver
 from infl_cache.maths.solvers.exact import COLUMNS
 from infl_cache.maths.task import losses_of
 from infl_cache.progress import Bar, progress
@@ -39,7 +39,8 @@ from infl_cache.stages.opening import (
 )
 from infl_cache.stages.same import check_against_store
 from infl_cache.stages.selection import appended, asked_tests, say_tests
-from infl_cache.stages.system import curvature_of, left_out, solve_dtype
+from infl_cache.stages.spectrum import advice, chosen_damping, known_spectrum
+from infl_cache.stages.system import curvature_kind, curvature_samples, damped_curvature, left_out, solve_dtype
 
 MAX_RIGHT_HAND_SIDES = 128
 # Vectors of n_params a right-hand side needs at once: itself, solution, residual, direction, product, vmap's own.
@@ -103,6 +104,7 @@ def _begin(run: Opened, identity: dict[str, Any], tests: Sequence[int]) -> None:
     check_gradients_arrive(task, run.parameters, spread(len(task.train), 4), run.device)
     with torch.no_grad():
         losses_of(task, probe_batch(task, [tests[0]], run.device, "test"), measure=True)
+    curvature_kind(run.options.stest)
     make_solver(run.options.stest, run.budget).check(size)
     itemsize = 8 if solve_dtype(run) == torch.float64 else 4
     asked = run.options.resources.test_block_rows
@@ -141,13 +143,12 @@ def _compute(run: Opened, todo: Sequence[Block], finished: int) -> list[str]:
         products = _Products(keeping.tick, bar)
         # The planned block, not the longest that is left: a resumed run does the same arithmetic as a calm one.
         sides = COLUMNS if run.options.stest.solver == "exact" else run.folder.plan("stest")["block_rows"]
-        operator = replace(curvature_of(run, sides), tick=products.tick, note=products.note)
-        solver = make_solver(run.options.stest, run.budget).prepare(operator)
+        solver = _prepared(run, forms, sides, products)
         failed = _NotConverged(samples)
         for block in todo:
             started = time.perf_counter()
             rhs, kept, digests = _right_hand_sides(run, forms, block)
-            rhs = rhs.to(operator.dtype)
+            rhs = rhs.to(solve_dtype(run))
             solution = solver(rhs, keeping.begin(block, rhs))
             data, bad = _stored(solution, kept, digests, block)
             data["index"] = samples[block.start : block.stop]
@@ -163,6 +164,20 @@ def _compute(run: Opened, todo: Sequence[Block], finished: int) -> list[str]:
     for note in notes:
         log.warning(note)
     return notes
+
+
+def _prepared(run: Opened, forms: Forms, sides: int, products: _Products) -> Solve:
+    """The solver of the run's system, after a look at its spectrum."""
+    if run.options.stest.solver == "identity":
+        return Identity().prepare(lambda v: v)
+    spectrum = known_spectrum(run, forms, products.note)
+    damping = chosen_damping(run, spectrum)
+    for text in advice(run, spectrum, damping):
+        products.note(text)
+    run.folder.remember("stest", damping=damping)
+    rows = curvature_samples(run)
+    operator = damped_curvature(run, forms, sides, damping, rows, tick=products.tick, note=products.note)
+    return make_solver(run.options.stest, run.budget, spectrum).prepare(operator)
 
 
 class _Products:

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 
-from infl_cache.maths.curvature import Curvature, remembered
+from infl_cache.config import StestOptions
+from infl_cache.errors import BadInput
+from infl_cache.maths.capture import Forms
+from infl_cache.maths.curvature import Curvature, Rows, captured, output_rows, remembered
+from infl_cache.maths.curvature.jacobian import Jacobian, forms_for_products, of_gradients
 from infl_cache.maths.probe import activation_bytes, probe_batch
 from infl_cache.maths.samples import Batch, batches
 from infl_cache.stages.opening import Opened, stored_dtype
+from infl_cache.stages.source import gradient_reader
 
 # Beyond this the host is thought to spend its time on fresh pages: seen in single, noisy timings of products with a
 # small CNN, not yet in a benchmark of the whole stage.
 HOST_WORKING_SET = 64 * 2**20
 SMALLEST_BATCH, MAX_BATCH = 8, 256
+# Rows that must be captured anew for each product cost a backward pass for each output.
+OUTPUTS_A_SIDE = 2
+
+
+def curvature_kind(options: StestOptions) -> Literal["ggn", "hessian", "fisher"]:
+    """What `auto` stands for; `BadInput` for a solver that cannot solve the system asked for."""
+    if options.solver == "fisher":
+        if options.curvature not in ("auto", "fisher"):
+            raise BadInput(
+                f"curvature: expected fisher for the solver of that name, found {options.curvature};"
+                " leave --curvature at auto, or use --solver pcg"
+            )
+        return "fisher"
+    return "ggn" if options.curvature == "auto" else options.curvature
 
 
 def left_out(run: Opened) -> list[int]:
@@ -32,35 +52,104 @@ def solve_dtype(run: Opened) -> torch.dtype:
     return torch.float64 if asked == "float64" else torch.float32
 
 
-def curvature_of(run: Opened, sides: int) -> Curvature:
-    """The damped curvature over the training set, its micro-batch and cache chosen from the budget."""
-    task, n_train, dtype = run.task, len(run.task.train), solve_dtype(run)
-    first = probe_batch(task, range(min(8, n_train)), run.device)
-    kept = activation_bytes(task, run.parameters, first) * (2 if dtype == torch.float64 else 1)
-    # One pass keeps, per sample, the activations once and their derivatives for each of the vectors.
-    room = min(run.budget // 4, HOST_WORKING_SET) if run.device.type == "cpu" else run.budget // 4
-    size = run.options.resources.batch_size or max(SMALLEST_BATCH, min(MAX_BATCH, room // (kept * (1 + sides))))
-    workers = run.options.resources.workers
-
+def curvature_samples(run: Opened, most: int | None = None) -> list[int]:
+    """The training samples that the curvature is a mean over: all, or a fixed random subsample of at most `most`."""
     bad = set(left_out(run))
-    rows = [index for index in range(n_train) if index not in bad]
+    rows = [index for index in range(len(run.task.train)) if index not in bad]
+    asked = run.options.stest.curvature_samples
+    wanted = min(each for each in (len(rows), asked, most) if each is not None)
+    if wanted == len(rows):
+        return rows
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.options.stest.seed))
+    return sorted(rows[position] for position in order[:wanted].tolist())
 
-    def load() -> Iterable[Batch]:
-        groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-        return batches(task.train, "train", task.collate, groups, run.device, workers)
+
+def damped_curvature(
+    run: Opened, forms: Forms, sides: int, damping: float, rows: Sequence[int], **hooks: Any
+) -> Curvature:
+    """The operator over the training samples `rows`, for `sides` vectors at once; `hooks` are its `tick` and `note`."""
+    kind, dtype = curvature_kind(run.options.stest), solve_dtype(run)
+    size, load = _batches(run, sides, rows, dtype)
 
     def pick(positions: Sequence[int]) -> Iterable[Batch]:
         chosen = [rows[position] for position in positions]
         groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-        return batches(task.train, "train", task.collate, groups, run.device)
+        return batches(run.task.train, "train", run.task.collate, groups, run.device)
 
+    made = None
+    if kind == "ggn":
+        made = _output_rows(run, forms, sides, rows, dtype, hooks["note"])
+    elif kind == "fisher":
+        made = _gradient_rows(run, rows, dtype)
     return Curvature(
-        task=task,
+        task=run.task,
         parameters=run.parameters,
-        kind=run.options.stest.curvature,
+        kind=kind,
         batches=remembered(load, run.budget // 8),
         pick=pick,
         n_train=len(rows),
-        damping=run.options.stest.damping,
+        damping=damping,
         dtype=dtype,
+        rows=made,
+        **hooks,
     )
+
+
+def _batches(
+    run: Opened, sides: int, rows: Sequence[int], dtype: torch.dtype, row_bytes: int = 0
+) -> tuple[int, Callable[[], Iterable[Batch]]]:
+    """Samples in a micro-batch, and a function that loads one pass of them."""
+    first = probe_batch(run.task, range(min(8, len(run.task.train))), run.device)
+    kept = activation_bytes(run.task, run.parameters, first) * (2 if dtype == torch.float64 else 1)
+    # One pass keeps, per sample, the activations once and their derivatives for each of the vectors.
+    room = min(run.budget // 4, HOST_WORKING_SET) if run.device.type == "cpu" else run.budget // 4
+    fitting = room // (kept * (1 + sides) + row_bytes)
+    size = run.options.resources.batch_size or max(SMALLEST_BATCH, min(MAX_BATCH, fitting))
+
+    def load() -> Iterable[Batch]:
+        groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+        workers = run.options.resources.workers
+        return batches(run.task.train, "train", run.task.collate, groups, run.device, workers)
+
+    return size, load
+
+
+def _output_rows(
+    run: Opened, forms: Forms, sides: int, rows: Sequence[int], dtype: torch.dtype, note: Callable[[str], None]
+) -> Rows | None:
+    """Rows of the outputs' Jacobian, where that is the cheaper way to Gauss-Newton products."""
+    probe = probe_batch(run.task, rows[:4], run.device)
+    found = output_rows(run.task, forms, probe, dtype, note)
+    if found is None:
+        return None
+    task, forms, row_bytes, outputs = found
+    budget = run.budget // 3
+    if len(rows) * row_bytes > budget and outputs > OUTPUTS_A_SIDE * sides:
+        return None
+    _, load = _batches(run, sides, rows, dtype, row_bytes)
+    passes = remembered(captured(task, forms, remembered(load, run.budget // 8)), budget, Jacobian.n_bytes.__get__)
+    return Rows(forms, passes, row_bytes)
+
+
+def _gradient_rows(run: Opened, rows: Sequence[int], dtype: torch.dtype) -> Rows:
+    """The training gradients as stage 1 stored them, one row a sample."""
+    run.folder.require_complete("grads")
+    stored = Forms.from_json(run.folder.plan("grads")["forms"])
+    forms = forms_for_products(stored, 1, stored.factored)
+    numbers = forms.n_dense + sum(layer.factor_size for layer in forms.factored)
+    row_bytes = numbers * (8 if dtype == torch.float64 else 4)
+    read, wanted = gradient_reader(run, stored, dtype), torch.tensor(rows)
+    step = max(1, min(1024, run.budget // 16 // row_bytes))
+
+    def load() -> Iterable[Jacobian]:
+        for block in run.folder.stage_blocks("grads"):
+            inside = wanted[(wanted >= block.start) & (wanted < block.stop)] - block.start
+            if not len(inside):
+                continue
+            factors, dense = read(block)
+            for start in range(0, len(inside), step):
+                at = inside[start : start + step].to(run.device)
+                part = {key: (a[at], g[at]) for key, (a, g) in factors.items()}
+                yield of_gradients(stored, forms, part, dense[at])
+
+    return Rows(forms, remembered(load, run.budget // 3, Jacobian.n_bytes.__get__), row_bytes)

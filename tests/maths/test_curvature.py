@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from infl_cache import BadInput
-from infl_cache.maths import curvature
 from infl_cache.maths.curvature import largest_eigenvalue, remembered
+from infl_cache.maths.curvature import products as curvature
 from infl_cache.maths.params import select
 from infl_cache.maths.probe import probe_batch
 from tests.driving import CPU, operator_of

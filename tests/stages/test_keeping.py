@@ -61,7 +61,7 @@ def solve(path, log, kill_before=None):
             os.kill(os.getpid(), signal.SIGKILL)
 
     keeping.CHECKPOINT_SECONDS = 0.0
-    stage.make_solver = lambda options, memory: Richardson(log, happens)
+    stage.make_solver = lambda *_: Richardson(log, happens)
     Run(path, tasks.mlp(n_test=4), **OPTIONS).stest()
 
 
@@ -96,7 +96,7 @@ def test_killed_before_any_step_it_repeats_none_and_ends_with_the_same_bytes(tmp
 
 def begun(tmp_path, monkeypatch, happens=lambda step: None, **options):
     monkeypatch.setattr(keeping, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(stage, "make_solver", lambda given, memory: Richardson(tmp_path / "log", happens))
+    monkeypatch.setattr(stage, "make_solver", lambda *_: Richardson(tmp_path / "log", happens))
     return Run(tmp_path / "r", tasks.mlp(n_test=4), **{**OPTIONS, **options})
 
 
@@ -198,3 +198,32 @@ def test_a_state_is_kept_only_when_the_last_one_is_old(tmp_path, monkeypatch):
     assert written == []
     assert RunFolder(tmp_path / "r").records("stest").keys() == {0, 1}
     assert json.dumps(written) == "[]"
+
+
+@pytest.mark.parametrize("solver", ["cg", "pcg"])
+def test_the_solvers_that_keep_their_state_go_on_with_the_same_bits(solver, tmp_path, monkeypatch):
+    monkeypatch.setattr(keeping, "CHECKPOINT_SECONDS", 3600.0)
+    torch.set_num_threads(1)
+    options = {**OPTIONS, "solver": solver, "damping": 0.01, "tolerance": 1e-10}
+    offered, original = [], keeping.Keeping.offer
+
+    def counted(self, state):
+        offered.append(self._block.index)
+        if len(offered) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, state)
+
+    monkeypatch.setattr(keeping.Keeping, "offer", counted)
+    stop = 0
+    Run(tmp_path / "calm", tasks.mlp(n_test=4), **options).stest()
+    calm = list(offered)
+    assert calm.count(0) > 3
+    assert calm.count(1) > 3
+    for stop in (1, 3, len(calm) - 1):
+        offered.clear()
+        path = tmp_path / str(stop)
+        with pytest.raises(Interrupted):
+            Run(path, tasks.mlp(n_test=4), **options).stest()
+        Run(path, tasks.mlp(n_test=4), **options).stest()
+        assert offered == calm, "an iteration was taken twice, or not at all"
+        assert store_of(path) == store_of(tmp_path / "calm")

@@ -1,6 +1,7 @@
 """Gradients in the store: every type, shared inputs once, indices as integers, and back again."""
 
 import json
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -84,6 +85,18 @@ def test_another_reader_is_told_how_16_bit_rows_are_scaled(tmp_path):
     bits = array[:].astype(np.uint32) << 16
     read = bits.view(np.float32)[:, 0] * 2.0 ** exponent[:, None].astype(float)
     assert np.allclose(read, torch.stack([x for x, _ in task.train]).numpy(), rtol=2**-8)
+
+
+@pytest.mark.parametrize("name", ["dense", "dense_exponent", "loss", "target", "digest"])
+def test_a_layer_may_have_the_name_of_an_array(name, tmp_path):
+    layers = OrderedDict({name: nn.Linear(24, 24), "norm": nn.LayerNorm(24), "out": nn.Linear(24, 3)})
+    task = classified(built(lambda: nn.Sequential(layers), torch.float32), normal(12, 24).float(), 10)
+    run = Run(tmp_path / "run", task, dtype="bfloat16", **QUIET)
+    run.grads()
+    paths = {path for path, _ in zarr.open_group(tmp_path / "run" / "grad_z.zarr", mode="r").members(max_depth=None)}
+    assert {"dense", "dense_exponent", "out/input"} <= paths
+    expected = gradient_rows(task, range(10)).numpy()
+    assert np.linalg.norm(run.grad_z(slice(None)) - expected) <= 2 * ERROR["bfloat16"] * np.linalg.norm(expected)
 
 
 def test_token_ids_are_stored_as_integers(tmp_path):

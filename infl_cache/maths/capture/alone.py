@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from infl_cache.maths.capture.forms import Alone
+from infl_cache.maths.capture.mapped import vmapping
 from infl_cache.maths.capture.tape import Call
 from infl_cache.maths.model import called_at
 
@@ -53,7 +53,7 @@ def _of_one_call(module: nn.Module, unit: Alone, call: Call, values: dict[str, T
         return torch.func.vjp(outputs, values)[1](back)[0]
 
     tensors, axes = [*(leaves[i] for i in places), *grads], (*unit.inputs, *unit.outputs)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused attention kernels
+    with torch.enable_grad(), vmapping():
         if unit.engine == "vmap":
             found: dict[str, Tensor] = torch.func.vmap(of_one_sample, in_dims=axes)(*tensors)
         else:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from infl_cache.errors import BadInput
@@ -113,11 +113,33 @@ def _inputs_named(layers: Sequence[Layer]) -> Iterable[Layer]:
         yield dataclasses.replace(layer, input_key="" if keeper is layer else keeper.key)
 
 
-def asked_forms(text: str | None, layers: Sequence[Layer]) -> dict[str, str]:
+def unfactorable(
+    layers: Sequence[Layer], varying: Collection[str] = (), elsewhere: Collection[str] = ()
+) -> dict[str, str]:
+    """Which layers cannot be kept as factors, by module, and why.
+
+    `varying` are modules that see samples of different lengths, `elsewhere` parameters that are used without a rule.
+    """
+    why: dict[str, str] = {}
+    for layer in layers:
+        if not RULES[layer.rule].stored:
+            why[layer.module] = "its gradient is no product"
+        elif "weight" not in layer.parameters:
+            why[layer.module] = "its weight is not among the parameters"
+        elif layer.module in varying:
+            why[layer.module] = "it sees samples of different lengths (pad to one length in collate=)"
+        elif set(layer.names).intersection(elsewhere):
+            why[layer.module] = "a parameter of it is also used where there is no rule"
+    return why
+
+
+def asked_forms(text: str | None, layers: Sequence[Layer], cannot: Mapping[str, str] | None = None) -> dict[str, str]:
     """Forms by module from text such as `conv1=dense,layer4.*=factored`; the last pattern that matches counts.
 
-    Raises `BadInput` for another form, or a pattern that matches no layer with a rule.
+    Raises `BadInput` for another form, or a pattern that matches no layer with a rule, or only layers that `cannot`
+    be factored (and why; those of `unfactorable` by default).
     """
+    cannot = unfactorable(layers) if cannot is None else cannot
     asked: dict[str, str] = {}
     for item in filter(None, (text or "").replace(" ", "").split(",")):
         pattern, _, form = item.partition("=")
@@ -128,11 +150,9 @@ def asked_forms(text: str | None, layers: Sequence[Layer]) -> dict[str, str]:
             known = ", ".join(layer.module for layer in layers[:8])
             raise BadInput(f"layer-forms: {pattern[:60]!r} matches no layer with a rule; they are {known or 'none'}")
         if form == "factored":  # norms, say, among the layers that a pattern matches stay as they are
-            able = [layer.module for layer in layers if layer.module in hits and RULES[layer.rule].stored]
+            able = [module for module in hits if module not in cannot]
             if not able:
-                raise BadInput(
-                    f"layer-forms: layer {hits[0]!r} cannot be factored, its gradient is no product; use dense"
-                )
+                raise BadInput(f"layer-forms: layer {hits[0]!r} cannot be factored, {cannot[hits[0]]}; use dense")
             hits = able
         asked.update(dict.fromkeys(hits, form))
     return asked

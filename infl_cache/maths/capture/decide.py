@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from infl_cache.errors import BadInput
-from infl_cache.maths.capture.cost import asked_forms, choose_factored
+from infl_cache.maths.capture.cost import asked_forms, choose_factored, unfactorable
 from infl_cache.maths.capture.engine import capture, gradients_of
 from infl_cache.maths.capture.forms import Forms
-from infl_cache.maths.capture.rules import RULES
 from infl_cache.maths.capture.survey import Found, survey
 from infl_cache.maths.params import Parameters
 from infl_cache.maths.probe import probe_batch
@@ -38,7 +37,7 @@ def decide_forms(
     at_once = max(2, at_once)  # what is whose sample's is told by more than one of them
     groups = [batch.indices[i : i + at_once] for i in range(0, len(batch.indices), at_once)]
     found, notes = _survey(task, parameters, batch, groups[0])
-    asked = asked_forms(layer_forms, found.layers)
+    asked = asked_forms(layer_forms, found.layers, _unfactorable(found))
     notes += [
         f"layer {module!r} sees samples of different lengths and is stored as plain rows;"
         " pad to one length in collate= to store it as factors"
@@ -155,15 +154,14 @@ def _said(found: Found, wrong: set[str]) -> list[str]:
     return [f"{part} disagrees with plain autograd by its rule; vmap takes it" for part in parts]
 
 
-def _arranged(parameters: Parameters, found: Found, form: str, asked: dict[str, str]) -> Forms:
+def _unfactorable(found: Found) -> dict[str, str]:
     elsewhere = {name for each in found.alone for name in each.parameters.values()}
-    can = {
-        layer.module: RULES[layer.rule].stored
-        and "weight" in layer.parameters
-        and layer.module not in found.varying
-        and not elsewhere.intersection(layer.names)
-        for layer in found.layers
-    }
+    return unfactorable(found.layers, found.varying, elsewhere)
+
+
+def _arranged(parameters: Parameters, found: Found, form: str, asked: dict[str, str]) -> Forms:
+    cannot = _unfactorable(found)
+    can = {layer.module: layer.module not in cannot for layer in found.layers}
     if form == "dense":
         asked = {**{layer.module: "dense" for layer in found.layers}, **asked}
     factored = choose_factored(found.layers, can, asked)

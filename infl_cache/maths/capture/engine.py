@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -44,33 +45,15 @@ def capture(task: Task, forms: Forms, batch: Batch, measure: bool = False) -> Ca
     factors meets other shapes than the plan has room for.
     """
     size = len(batch.indices)
-    device = next(task.model.parameters()).device
-    watched = [layer.module for layer in forms.layers if not layer.within] + [unit.module for unit in forms.alone]
-    attention = tuple({layer.within for layer in forms.layers if layer.within})
-    pieces: dict[str, Tensor] = {}
-    common = {layer.module: len(layer.grad_shape) - 1 for layer in forms.layers if layer.axes[1] < 0}
-    with (
-        recording(task.model, list(dict.fromkeys(watched)), device, forms.spread, size, common, attention) as tape,
-        torch.enable_grad(),
-    ):
+    copies: dict[str, Tensor] = {}
+    with _watching(task, forms, size) as tape, torch.enable_grad():
         outputs, losses = losses_of(task, batch, measure)
-        if (watched or attention or forms.spread) and losses.requires_grad:
+        if (forms.layers or forms.alone or forms.spread) and losses.requires_grad:
             with blaming("backward of the loss"):
                 copies = tape.backward(losses.sum())
-            pieces = {name: grad.reshape(size, *forms.parameters.shape_of(name)) for name, grad in copies.items()}
-    with torch.no_grad():
-        factors = _stored_factors(task, forms, tape, batch)
-        for layer in forms.expanded:
-            _add(pieces, _expanded_calls(task, layer, tape.calls.get(layer.module, []), size))
-    for unit in forms.alone:
-        _add(pieces, alone_gradients(task.model, unit, tape.calls.get(unit.module, [])))
+    factors, pieces = _gathered(task, forms, tape, batch, copies)
     if forms.mapped:
         _add(pieces, _by_engine(task, forms, batch, measure))
-    for name, piece in pieces.items():
-        if len(piece) != size:
-            raise BadInput(
-                f"gradient of {name}: expected {size} samples, found {len(piece)}; does a layer see some only?"
-            )
     return Captured(
         factors,
         _side_by_side(forms, pieces, losses),
@@ -78,6 +61,57 @@ def capture(task: Task, forms: Forms, batch: Batch, measure: bool = False) -> Ca
         targets_as_numbers(task, batch.data, size),
         predictions_of(outputs, size),
     )
+
+
+def capture_outputs(task: Task, forms: Forms, batch: Batch) -> tuple[Tensor, list[tuple[Factors, Tensor]]]:
+    """The outputs of a batch, and the gradients of each of them in turn, from one forward pass.
+
+    The outputs must be a float tensor `(B, ...)`, the forms without `mapped` parameters. Pair c is what `capture`
+    would give as `factors` and `dense` for the loss `outputs.flatten(1)[:, c]`.
+    """
+    size = len(batch.indices)
+    with _watching(task, forms, size) as tape, torch.enable_grad():
+        with blaming("model"):
+            outputs = task.forward(task.model, batch.data)
+        flat = outputs.reshape(size, -1)
+        found = []
+        for c in range(flat.shape[1]):
+            with blaming("backward of the outputs"):
+                copies = tape.backward(flat[:, c].sum(), again=c + 1 < flat.shape[1])
+            factors, pieces = _gathered(task, forms, tape, batch, copies)
+            found.append((factors, _side_by_side(forms, pieces, flat)))
+    return outputs.detach(), found
+
+
+@contextmanager
+def _watching(task: Task, forms: Forms, size: int) -> Iterator[Tape]:
+    """Record, inside, what the forms need of a forward and a backward pass."""
+    watched = [layer.module for layer in forms.layers if not layer.within] + [unit.module for unit in forms.alone]
+    attention = tuple({layer.within for layer in forms.layers if layer.within})
+    common = {layer.module: len(layer.grad_shape) - 1 for layer in forms.layers if layer.axes[1] < 0}
+    device = next(task.model.parameters()).device
+    with recording(task.model, list(dict.fromkeys(watched)), device, forms.spread, size, common, attention) as tape:
+        yield tape
+
+
+def _gathered(
+    task: Task, forms: Forms, tape: Tape, batch: Batch, copies: Mapping[str, Tensor]
+) -> tuple[Factors, dict[str, Tensor]]:
+    """After a backward pass: stored factors, and plain gradients `(B, *shape)` of all but the mapped parameters."""
+    size = len(batch.indices)
+    pieces = {name: grad.reshape(size, *forms.parameters.shape_of(name)) for name, grad in copies.items()}
+    with torch.no_grad():
+        factors = _stored_factors(task, forms, tape, batch)
+        for layer in forms.expanded:
+            _add(pieces, _expanded_calls(task, layer, tape.calls.get(layer.module, []), size))
+    for unit in forms.alone:
+        _add(pieces, alone_gradients(task.model, unit, tape.calls.get(unit.module, [])))
+    for name, piece in pieces.items():
+        if len(piece) != size:
+            raise BadInput(
+                f"gradient of {name}: expected {size} samples, found {len(piece)}; does a layer see some only?"
+            )
+    return factors, pieces
 
 
 def rows_of(forms: Forms, factors: Factors, dense: Tensor) -> Tensor:

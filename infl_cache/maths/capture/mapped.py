@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +15,14 @@ from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unfla
 from infl_cache.maths.params import Parameters, flatten
 from infl_cache.maths.samples import Batch
 from infl_cache.maths.task import Task, outputs_at, per_sample, reference_gradient, values_of
+
+
+@contextmanager
+def vmapping() -> Iterator[None]:
+    """For our own calls of vmap: no fused attention kernels, which it cannot follow, and no word of slow operations."""
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
+        yield
 
 
 def mapped_gradients(task: Task, parameters: Parameters, batch: Batch, measure: bool) -> dict[str, Tensor]:
@@ -27,7 +38,7 @@ def mapped_gradients(task: Task, parameters: Parameters, batch: Batch, measure: 
         return per_sample(task, outputs_at(task, values, data), data, 1, measure)[0]
 
     gradient = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, *[0] * len(split)))
-    with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused attention kernels
+    with vmapping():
         found: dict[str, Tensor] = gradient(values_of(task.model, parameters), *[leaves[index] for index in split])
     return found
 

@@ -22,7 +22,7 @@ from infl_cache.maths.probe import probe_batch
 from infl_cache.maths.samples import Batch, spread
 from infl_cache.maths.task import Task, losses_of
 
-RESERVED = {"dense", "loss", "target", "digest"}
+RESERVED = {"dense", "dense_exponent", "loss", "target", "digest"}
 LENGTH_PROBES = 16
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -74,10 +75,16 @@ class Tape:
         found: Tensor = _Probe.apply(output, self.anchor, call, 0)  # type: ignore[no-untyped-call]
         return found
 
-    def backward(self, total: Tensor) -> dict[str, Tensor]:
-        """Send the gradient of a scalar through all probes; the gradients of the spread parameters' copies."""
+    def backward(self, total: Tensor, again: bool = False) -> dict[str, Tensor]:
+        """Send the gradient of a scalar through all probes; the gradients of the spread parameters' copies.
+
+        With `again` the graph is kept for the backward pass of another scalar, which replaces what the calls hold.
+        """
         self.running = False
-        found = torch.autograd.grad(total, [self.anchor, *self.copies.values()], allow_unused=True)[1:]
+        for call in itertools.chain.from_iterable(self.calls.values()):
+            call.grads = [None] * len(call.shapes)
+        at = [self.anchor, *self.copies.values()]
+        found = torch.autograd.grad(total, at, retain_graph=again, allow_unused=True)[1:]
         pairs = zip(self.copies.items(), found, strict=True)
         return {name: torch.zeros_like(copy) if grad is None else grad for (name, copy), grad in pairs}
 

@@ -10,20 +10,30 @@ from __future__ import annotations
 from torch import Tensor
 
 from infl_cache.config import StestOptions
-from infl_cache.maths.solvers.base import Operator, Solution, Solver
+from infl_cache.maths.curvature import Spectrum
+from infl_cache.maths.solvers.base import Operator, Solution, Solve, Solver
 from infl_cache.maths.solvers.cg import CG
 from infl_cache.maths.solvers.exact import Exact
+from infl_cache.maths.solvers.identity import Identity
 from infl_cache.maths.solvers.lissa import LiSSA
+from infl_cache.maths.solvers.pcg import PCG
 
-__all__ = ["CG", "Exact", "LiSSA", "Operator", "Solution", "Solver", "make_solver", "solve"]
+__all__ = [
+    "CG", "PCG", "Exact", "Identity", "LiSSA", "Operator", "Solution", "Solve", "Solver", "make_solver", "solve",
+]  # fmt: skip
 
 
-def make_solver(options: StestOptions, memory: int | None = None) -> Solver:
+def make_solver(options: StestOptions, memory: int | None = None, spectrum: Spectrum | None = None) -> Solver:
     """The solver that the options name, with its share of them and of `memory` bytes."""
+    tolerance = 1e-4 if options.tolerance is None else options.tolerance
+    if options.solver == "identity":
+        return Identity()
+    if options.solver == "pcg":
+        return PCG(tolerance, options.max_iterations)
     if options.solver == "exact":
         return Exact(memory)
     if options.solver == "cg":
-        return CG(1e-4 if options.tolerance is None else options.tolerance, options.max_iterations)
+        return CG(tolerance, options.max_iterations)
     return LiSSA(
         tolerance=0.02 if options.tolerance is None else options.tolerance,
         scale=options.scale,
@@ -31,6 +41,7 @@ def make_solver(options: StestOptions, memory: int | None = None) -> Solver:
         repeats=options.repeats,
         sample_batch=options.sample_batch,
         seed=options.seed,
+        spectrum=spectrum,
     )
 
 

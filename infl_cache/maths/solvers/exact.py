@@ -47,6 +47,7 @@ class Exact:
         factor: list[Callable[[Tensor], Tensor]] = []
 
         def solved(rhs: Tensor, keeper: Keeper = FORGETFUL) -> Solution:
+            del keeper
             self.check(rhs.shape[1])
             if not factor:
                 factor.append(_factorised(self._matrix(operator, rhs)))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infl_cache.maths.curvature import Curvature, largest_eigenvalue
+from infl_cache.maths.curvature import Curvature, Spectrum, largest_eigenvalue
 from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution, Solve, norms, relative_residual
 
 FIRST_BATCH = 128
@@ -40,6 +40,8 @@ class LiSSA:
     repeats: int = 1
     sample_batch: int | None = None
     seed: int = 42
+    # Of the operator without damping and weight decay; estimated if not given.
+    spectrum: Spectrum | None = None
 
     def check(self, size: int) -> None:
         """Any number of parameters will do."""
@@ -49,9 +51,14 @@ class LiSSA:
         if not isinstance(operator, Curvature):
             raise TypeError(f"LiSSA samples the curvature: expected a Curvature, found {type(operator).__name__}")
         known: list[float] = [] if self.scale is None else [self.scale]
-        smallest: list[float] = [operator.shift] if operator.kind == "ggn" else []
+        smallest: list[float] = [operator.shift] if operator.kind != "hessian" else []
+        if self.spectrum is not None:
+            # A third above the estimate: single batches curve more than the mean.
+            known = known or [1.33 * (self.spectrum.largest + operator.shift) + 1e-12]
+            smallest = smallest or [min(0.0, self.spectrum.smallest) + operator.shift]
 
         def solved(rhs: Tensor, keeper: Keeper = FORGETFUL) -> Solution:
+            del keeper
             if not known:
                 # A third above the estimate: it comes from below, and single batches curve more than the mean.
                 known.append(1.33 * largest_eigenvalue(operator, rhs.shape[1], rhs[:1]) + 1e-12)
@@ -154,7 +161,7 @@ def _smallest_eigenvalue(operator: Curvature, rhs: Tensor) -> float:
 
 def _sampled(operator: Curvature, batch: int, generator: torch.Generator, h: Tensor) -> Tensor:
     """The operator with C over `batch` training samples drawn without replacement."""
-    if batch >= operator.n_train:
+    if batch >= operator.n_train or operator.kind == "fisher":
         return operator(h)
     chosen = torch.randperm(operator.n_train, generator=generator)[:batch].tolist()
     return operator.mean_over(operator.pick(chosen), batch, h)

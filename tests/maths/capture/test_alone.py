@@ -19,9 +19,6 @@ from tests.driving import CPU, captured_rows, close, decided
 from tests.tasks import built, classified, normal
 from tests.twins import gradient_rows, relative_error
 
-# vmap says so where it takes an operation apart into a loop of its own.
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-
 
 class Holder(nn.Module):
     """Calls its inner module in the way that a function says."""

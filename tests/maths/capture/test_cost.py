@@ -12,9 +12,9 @@ from torch import nn
 
 from infl_cache import BadInput
 from infl_cache.maths.capture import Layer
-from infl_cache.maths.capture.cost import Cost, asked_forms, choose_factored, cost_of, scored
+from infl_cache.maths.capture.cost import Cost, asked_forms, choose_factored, cost_of, scored, unfactorable
 from tests.driving import captured_rows, decided
-from tests.tasks import built, classified, inplace, mlp, normal, tied, tokens
+from tests.tasks import Samples, built, classified, inplace, mlp, normal, tied, tokens
 from tests.twins import gradient_rows, relative_error
 
 
@@ -275,3 +275,39 @@ def test_what_is_asked_for_is_done_and_right():
 def test_a_pattern_is_refused_before_anything_is_decided():
     with pytest.raises(BadInput, match=r"'nothing' matches no layer with a rule; they are 0, 3, 5"):
         decided(mlp(), layer_forms="nothing=dense")
+
+
+class Summed(nn.Module):
+    """A layer for each vector of a sequence, and one for their sum, to which padding adds nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.each, self.head = nn.Linear(5, 4, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.each(x).sum(1))
+
+
+def ragged(asked):
+    samples = Samples([(normal(2 + i % 2, 5, seed=i), i % 3) for i in range(10)])
+
+    def collate(chosen):
+        return nn.utils.rnn.pad_sequence([x for x, _ in chosen], True), torch.tensor([y for _, y in chosen])
+
+    task = classified(built(Summed, torch.float64), normal(2, 1), 1, 3, train=samples, collate=collate)
+    return decided(task, layer_forms=asked)
+
+
+def test_a_layer_that_cannot_be_factored_is_refused_with_the_reason():
+    with pytest.raises(BadInput, match=r"^layer-forms: layer '5' .*, its weight is not among the parameters; use"):
+        decided(mlp(parameters=["*.bias"]), layer_forms="5=factored")
+    with pytest.raises(BadInput, match=r"^layer-forms: layer 'each' .*, it sees samples of different lengths \(pad to"):
+        ragged("each=factored")
+    shared = linear("up", 3, 4)
+    assert unfactorable([linear("down", 3, 4), shared], elsewhere={"up.weight"}) == {
+        "up": "a parameter of it is also used where there is no rule"
+    }
+
+
+def test_of_the_layers_that_a_pattern_matches_those_are_factored_that_can_be():
+    assert [layer.module for layer in ragged("*=factored")[0].factored] == ["head"]

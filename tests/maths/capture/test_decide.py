@@ -157,7 +157,6 @@ def test_a_rule_and_a_module_alone_add_up_in_plain_columns(layer_forms):
     assert agrees(task, forms)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("wrap", [weight_norm, spectral_norm], ids=lambda each: each.__name__)
 def test_a_reparametrised_layer_is_taken_alone(wrap):
     model = built(lambda: nn.Sequential(wrap(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)), torch.float64)
@@ -178,7 +177,7 @@ def test_keys_are_safe_as_folders_and_never_those_of_other_arrays():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            for name in ("dense", "loss", "target", "digest", "plain_1", "größe", "a b", "..", long):
+            for name in ("dense", "dense_exponent", "loss", "target", "digest", "plain_1", "größe", "a b", "..", long):
                 self.register_module(name, nn.Linear(5, 5)) if "." not in name else None
             self.inner = nn.ModuleDict({"0": nn.Linear(5, 5), "dense": nn.Linear(5, 5)})
             self.head = nn.Linear(5, 3)
@@ -192,10 +191,10 @@ def test_keys_are_safe_as_folders_and_never_those_of_other_arrays():
     task = logistic(model=built(Model, torch.float64))
     forms, _ = decided(task)
     keys = {layer.module: layer.key for layer in forms.factored}
-    assert len(keys) == 11
-    assert len({key.lower() for key in keys.values()}) == 11
+    assert len(keys) == 12
+    assert len({key.lower() for key in keys.values()}) == 12
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]{1,199}", key) and not key.startswith(".") for key in keys.values())
-    assert {"dense", "loss", "target", "digest"}.isdisjoint(keys.values())
+    assert {"dense", "dense_exponent", "loss", "target", "digest"}.isdisjoint(keys.values())
     assert (keys["plain_1"], keys["inner.0"], keys["inner.dense"]) == ("plain_1", "inner.0", "inner.dense")
     assert agrees(task, forms)
 

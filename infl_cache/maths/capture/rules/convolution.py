@@ -19,8 +19,9 @@ from infl_cache.maths.capture.tape import Call
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Patches of one sample beyond which the library's own kernel, sample by sample, beats one product of patches on a CPU
-# (3x3 kernels: 64 channels of 32x32 need 590,000 and are 4 times faster by it, 32 of 16x16 need 74,000 and 1.6 slower).
+# Numbers in one sample's patches beyond which a CPU takes the library's own kernel, sample by sample, and not one
+# product of patches: between 3x3 kernels that were seen to gain by it (64 channels of 32x32: 590,000 numbers) and to
+# lose (32 of 16x16: 74,000).
 MANY_PATCHES = 150_000
 # Patches of several samples at once that still lie in a cache when they are multiplied.
 PATCHES_AT_ONCE = 1_500_000

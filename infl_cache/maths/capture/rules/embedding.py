@@ -43,6 +43,21 @@ class Embedding(Rule):
             output_grad = output_grad * (inputs != settings["padding_idx"]).unsqueeze(-1)
         return torch.einsum("mbtd,btd->mb", weights[:, inputs.long()], output_grad)
 
+    def seen(self, settings: Settings, weights: Tensor, inputs: Tensor) -> Tensor:
+        found: Tensor = weights[:, inputs.long()].transpose(0, 1)  # (B, M, n, width)
+        return found if settings["padding_idx"] is None else found * self._counted(settings, inputs, found)
+
+    def add_combined(self, settings: Settings, inputs: Tensor, output_grad: Tensor, total: Tensor) -> None:
+        if settings["padding_idx"] is not None:
+            output_grad = output_grad * self._counted(settings, inputs, output_grad)
+        by_weight = output_grad.transpose(0, 1).reshape(len(total), -1, total.shape[2])
+        total.index_add_(1, inputs.long().flatten(), by_weight)
+
+    def _counted(self, settings: Settings, inputs: Tensor, like: Tensor) -> Tensor:
+        """One for each looked-up row that counts, zero for padding: (B, 1, n, 1)."""
+        counted: Tensor = inputs != settings["padding_idx"]
+        return counted.to(like.dtype).unsqueeze(1).unsqueeze(-1)
+
     def operations(self, inputs: tuple[int, ...], output_grad: tuple[int, ...], size: int) -> tuple[int, int | None]:
         return output_grad[0] * output_grad[1], output_grad[0] * output_grad[1]
 
@@ -73,6 +88,19 @@ class EmbeddingBag(Rule):
     def products(self, settings: Settings, weights: Tensor, inputs: Tensor, output_grad: Tensor) -> Tensor:
         return Embedding().products(settings, weights, inputs.flatten(1), self._each(settings, inputs, output_grad))
 
+    def seen(self, settings: Settings, weights: Tensor, inputs: Tensor) -> Tensor:
+        counted = self._counted(settings, inputs, weights)
+        looked_up = weights[:, inputs.long()]  # (M, B, n, length, width)
+        found: Tensor = (looked_up * counted.unsqueeze(-1)).sum(3)
+        return found.transpose(0, 1)
+
+    def add_combined(self, settings: Settings, inputs: Tensor, output_grad: Tensor, total: Tensor) -> None:
+        size, count, _, width = output_grad.shape
+        counted = self._counted(settings, inputs, output_grad)
+        each = counted[:, None, :, :, None] * output_grad.unsqueeze(3)  # (B, M, n, length, width)
+        plain = {**settings, "padding_idx": None}
+        Embedding().add_combined(plain, inputs.flatten(1), each.reshape(size, count, -1, width), total)
+
     def operations(self, inputs: tuple[int, ...], output_grad: tuple[int, ...], size: int) -> tuple[int, int | None]:
         return inputs[0] * inputs[1] * output_grad[1], inputs[0] * inputs[1] * output_grad[1]
 
@@ -82,10 +110,12 @@ class EmbeddingBag(Rule):
 
     def _each(self, settings: Settings, inputs: Tensor, output_grad: Tensor) -> Tensor:
         """The gradient of each looked-up row, (B, n * length, width)."""
+        return (self._counted(settings, inputs, output_grad).unsqueeze(-1) * output_grad.unsqueeze(2)).flatten(1, 2)
+
+    def _counted(self, settings: Settings, inputs: Tensor, like: Tensor) -> Tensor:
+        """The weight of each looked-up row in its bag's sum or mean, (B, n, length)."""
         padding = settings["padding_idx"]
-        counted = torch.ones_like(inputs, dtype=output_grad.dtype) if padding is None else (inputs != padding).to(
-            output_grad.dtype
-        )  # fmt: skip
-        if settings["mean"]:
-            counted = counted / counted.sum(-1, keepdim=True).clamp_min(1)
-        return (counted.unsqueeze(-1) * output_grad.unsqueeze(2)).flatten(1, 2)
+        counted = torch.ones_like(inputs, dtype=like.dtype)
+        if padding is not None:
+            counted = (inputs != padding).to(like.dtype)
+        return counted / counted.sum(-1, keepdim=True).clamp_min(1) if settings["mean"] else counted

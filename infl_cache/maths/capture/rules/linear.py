@@ -32,5 +32,16 @@ class Linear(Rule):
         seen = inputs.reshape(-1, n_in) @ weights.reshape(-1, n_in).T  # (B T, M n_out)
         return torch.einsum("btmo,bto->mb", seen.view(size, positions, count, n_out), output_grad)
 
+    def seen(self, settings: Settings, weights: Tensor, inputs: Tensor) -> Tensor:
+        count, n_out, n_in = weights.shape
+        size, positions, _ = inputs.shape
+        found = inputs.reshape(-1, n_in) @ weights.reshape(-1, n_in).T
+        return found.view(size, positions, count, n_out).transpose(1, 2)
+
+    def add_combined(self, settings: Settings, inputs: Tensor, output_grad: Tensor, total: Tensor) -> None:
+        count, n_out, n_in = total.shape
+        by_weight = output_grad.transpose(1, 2).reshape(-1, count * n_out)  # (B n, M out)
+        total.view(-1, n_in).addmm_(by_weight.T, inputs.reshape(-1, n_in))
+
     def operations(self, inputs: tuple[int, ...], output_grad: tuple[int, ...], size: int) -> tuple[int, int | None]:
         return inputs[0] * size, inputs[0] * size

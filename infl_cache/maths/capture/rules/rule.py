@@ -61,6 +61,17 @@ class Rule(ABC):
         """`(M, B)` inner products of M weights with B weight gradients that are never built."""
         raise NotImplementedError(f"{self.name} has no direct contraction")
 
+    def seen(self, settings: Settings, weights: Tensor, inputs: Tensor) -> Tensor:
+        """The layer's output `(B, M, n, *out)` with each of M weights `(M, *shape)`, for inputs `(B, n, *in)`."""
+        raise NotImplementedError(f"{self.name} has no direct contraction")
+
+    def add_combined(self, settings: Settings, inputs: Tensor, output_grad: Tensor, total: Tensor) -> None:
+        """The transpose of `seen`: add to `total (M, *shape)` the sum over samples of M weight gradients of each.
+
+        Output gradients are `(B, M, n, *out)`, `total` is contiguous.
+        """
+        raise NotImplementedError(f"{self.name} has no direct contraction")
+
     def operations(self, inputs: tuple[int, ...], output_grad: tuple[int, ...], size: int) -> tuple[int, int | None]:
         """Multiplications a sample: to build a gradient of `size` numbers; for one product without building it."""
         del inputs

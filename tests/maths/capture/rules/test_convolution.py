@@ -21,8 +21,8 @@ PATTERNS = [None, ["layer.weight"], ["layer.bias"]]
 
 
 @st.composite
-def convolutions(draw, most_axes=3):
-    """A convolution with the shape (channels, *image) of what it takes."""
+def convolutions(draw, most_axes=3, channels=1, dtype=torch.float64):
+    """A convolution with the shape (channels, *image) of what it takes; a group has `channels` or twice that."""
     axes, groups = draw(st.integers(1, most_axes)), draw(st.integers(1, 3))
     each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(axes))  # noqa: E731
     kernel, dilation, mode = each(1, 3), each(1, 3), draw(st.sampled_from(MODES))
@@ -35,15 +35,14 @@ def convolutions(draw, most_axes=3):
     image = tuple(
         max(1, r + 1 - 2 * pad, pad + 1) + more for r, pad, more in zip(reach, before, each(0, 2), strict=True)
     )
-    n_in, n_out, bias = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2)), draw(st.booleans())
-    layer = built(
-        lambda: KINDS[axes - 1](n_in, n_out, kernel, stride, padding, dilation, groups, bias, mode), torch.float64
-    )
+    n_in, n_out = (groups * channels * draw(st.integers(1, 2)) for _ in range(2))
+    bias = draw(st.booleans())
+    layer = built(lambda: KINDS[axes - 1](n_in, n_out, kernel, stride, padding, dilation, groups, bias, mode), dtype)
     return layer, (n_in, *image)
 
 
 @st.composite
-def transposed(draw, most_axes=3):
+def transposed(draw, most_axes=3, channels=1, dtype=torch.float64):
     """A transposed convolution with the shape of what it takes."""
     axes, groups = draw(st.integers(1, most_axes)), draw(st.integers(1, 3))
     each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(axes))  # noqa: E731
@@ -54,9 +53,10 @@ def transposed(draw, most_axes=3):
         (i - 1) * s - 2 * p + d * (k - 1) + m + 1 > 0
         for i, s, p, d, k, m in zip(image, stride, padding, dilation, kernel, more, strict=True)
     ))  # fmt: skip
-    n_in, n_out, bias = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2)), draw(st.booleans())
+    n_in, n_out = (groups * channels * draw(st.integers(1, 2)) for _ in range(2))
+    bias = draw(st.booleans())
     kind = TRANSPOSED[axes - 1]
-    layer = built(lambda: kind(n_in, n_out, kernel, stride, padding, more, groups, bias, dilation), torch.float64)
+    layer = built(lambda: kind(n_in, n_out, kernel, stride, padding, more, groups, bias, dilation), dtype)
     return layer, (n_in, *image)
 
 
@@ -76,6 +76,38 @@ def test_the_rule_gives_the_gradient_of_any_convolution_whichever_way_it_is_made
         patch.setattr(convolution, "MANY_PATCHES", many)
         patch.setattr(convolution, "PATCHES_AT_ONCE", at_once)
         agrees_with_the_loop(layer, normal(size, *shape))
+
+
+def refused(*_):
+    raise AssertionError("expected one convolution whose groups are the samples")
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    convolutions(channels=convolution.BLOCK, dtype=torch.float32)
+    | transposed(channels=convolution.BLOCK, dtype=torch.float32),
+    st.integers(1, 3),
+)
+def test_in_float32_channels_in_sixteens_go_by_groups_and_agree_with_the_loop(made, size):
+    layer, shape = made
+    x = normal(size, *shape, dtype=torch.float32)
+    weighting = normal(*layer(x).shape, seed=3, dtype=torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "_by_patches", refused)
+        patch.setattr(convolution, "_one_by_one", refused)
+        found = gradients_by_rule(layer, x, weighting)
+    for name, gradient in layer_gradients(layer, x, weighting).items():
+        assert found[name].dtype == torch.float32
+        assert found[name].shape == gradient.shape
+        assert float((found[name] - gradient).norm()) <= 1e-5 * float(gradient.norm())
+
+
+@pytest.mark.parametrize("n_in", [16, 24])
+def test_only_channels_in_sixteens_go_by_groups(n_in, monkeypatch):
+    layer = built(lambda: nn.Conv2d(n_in, 16, 3), torch.float32)
+    x, weighting = normal(2, n_in, 5, 5, dtype=torch.float32), normal(2, 16, 3, 3, dtype=torch.float32)
+    monkeypatch.setattr(convolution, "_by_patches" if n_in == 16 else "_as_groups", refused)
+    assert gradients_by_rule(layer, x, weighting)["weight"].shape == (2, 16, n_in, 3, 3)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -1,0 +1,72 @@
+"""The damped curvature as one operator, whatever its products are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from infl_cache.maths.curvature.jacobian import Jacobian, product
+from infl_cache.maths.curvature.products import batch_product
+from infl_cache.maths.curvature.rows import Rows
+from infl_cache.maths.params import Parameters
+from infl_cache.maths.samples import Batch
+from infl_cache.maths.task import Task
+
+
+def _nothing() -> None:
+    """The default of `tick`."""
+
+
+def _say_nothing(text: str) -> None:
+    """The default of `note`."""
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The operator `C + (weight_decay + damping) I` on `(K, n_params)`, C the mean over `n_train` samples.
+
+    `batches()` gives one pass over the training set, `pick(indices)` some of its samples; `tick()` is called
+    before each batch and may raise to stop a long product; `note(text)` hears of slower ways that had to be
+    taken. Arithmetic is in `dtype`. Where `rows` are given (always for fisher) they make the products.
+    """
+
+    task: Task
+    parameters: Parameters
+    kind: Literal["ggn", "hessian", "fisher"]
+    batches: Callable[[], Iterable[Batch]]
+    pick: Callable[[Sequence[int]], Iterable[Batch]]
+    n_train: int
+    damping: float
+    dtype: torch.dtype
+    tick: Callable[[], None] = _nothing
+    note: Callable[[str], None] = _say_nothing
+    rows: Rows | None = None
+
+    @property
+    def shift(self) -> float:
+        """What is added to the diagonal: the task's weight decay and the damping."""
+        return self.task.weight_decay + self.damping
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """`(C + shift I) v` for each row v of `vectors` (K, n_params)."""
+        if self.rows is None:
+            return self.mean_over(self.batches(), self.n_train, vectors)
+        total = product(self.rows.forms, self._ticking(self.rows.passes()), vectors)
+        return total.div_(self.n_train).add_(vectors, alpha=self.shift)
+
+    def _ticking(self, jacobians: Iterable[Jacobian]) -> Iterator[Jacobian]:
+        for each in jacobians:
+            self.tick()
+            yield each
+
+    def mean_over(self, batches: Iterable[Batch], n: int, vectors: Tensor) -> Tensor:
+        """The same with C the mean over the `n` samples of the given batches."""
+        total = torch.zeros_like(vectors)
+        for batch in batches:
+            self.tick()
+            total += batch_product(self.task, self.parameters, self.kind, batch, vectors, self.note)
+        return total.div_(n).add_(vectors, alpha=self.shift)

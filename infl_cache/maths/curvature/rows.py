@@ -1,0 +1,121 @@
+"""Passes over the training set that are kept in memory where they fit: batches of samples, or their Jacobian rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from infl_cache.maths.capture.forms import Forms
+from infl_cache.maths.curvature.jacobian import Jacobian, capture_jacobian, forms_for_products, product
+from infl_cache.maths.curvature.products import batch_product
+from infl_cache.maths.samples import Batch, size_in_bytes
+from infl_cache.maths.task import Task, out_of_memory
+
+T = TypeVar("T")
+# More outputs a sample than this are never differentiated one by one.
+MOST_OUTPUTS = 1024
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Jacobian rows of the whole training set, a pass at a time, in the forms they have; `row_bytes` a sample."""
+
+    forms: Forms
+    passes: Callable[[], Iterable[Jacobian]]
+    row_bytes: int
+
+
+def output_rows(
+    task: Task, forms: Forms, probe: Batch, dtype: torch.dtype, note: Callable[[str], None]
+) -> tuple[Task, Forms, int, int] | None:
+    """What is needed to capture rows of the outputs' Jacobian, the bytes and the rows of a sample; None if they cannot.
+
+    One product with them is compared with one by differentiating twice.
+    """
+    if forms.mapped or any(unit.engine == "loop" for unit in forms.alone):
+        return None
+    try:
+        task = in_dtype(task, dtype)
+        with torch.no_grad():
+            outputs = task.forward(task.model, probe.data)
+        size = len(probe.indices)
+        if not isinstance(outputs, Tensor) or not outputs.is_floating_point() or outputs.shape[:1] != (size,):
+            return None
+        count = outputs.numel() // size
+        if not 0 < count <= MOST_OUTPUTS:
+            return None
+        forms = forms_for_products(forms, count)
+        rows = capture_jacobian(task, forms, probe)
+        vectors = torch.randn(2, forms.parameters.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        vectors = vectors.to(rows.dense)
+        found = product(forms, [rows], vectors)
+        expected = batch_product(task, forms.parameters, "ggn", probe, vectors, note)
+    except Exception as error:  # models that cannot be copied, watched or cast fail in many ways: they go the other way
+        if out_of_memory(error):
+            raise
+        return None
+    bound = 1e-8 if dtype == torch.float64 else 2e-3
+    if not float((found - expected).norm()) <= bound * float(expected.norm()):
+        note("products from captured rows differ from differentiating twice, which takes their place")
+        return None
+    return task, forms, -(-rows.n_bytes // size), count
+
+
+def in_dtype(task: Task, dtype: torch.dtype) -> Task:
+    """The task with model, loss and float data in `dtype`; itself if the model's parameters have it."""
+    if next(task.model.parameters()).dtype == dtype:
+        return task
+
+    def cast(data: Any) -> Any:
+        return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, data)
+
+    forward, targets, loss = task.forward, task.targets, task.loss
+    return replace(
+        task,
+        model=copy.deepcopy(task.model).to(dtype),
+        loss=copy.deepcopy(loss).to(dtype) if isinstance(loss, nn.Module) else loss,
+        forward=lambda model, data: forward(model, cast(data)),
+        targets=lambda data: targets(cast(data)),
+    )
+
+
+def captured(task: Task, forms: Forms, batches: Callable[[], Iterable[Batch]]) -> Callable[[], Iterable[Jacobian]]:
+    """Passes of the Jacobian rows of batches."""
+    return lambda: (capture_jacobian(task, forms, batch) for batch in batches())
+
+
+def batch_bytes(batch: Any) -> int:
+    """Bytes of a batch's tensors."""
+    return size_in_bytes(batch.data)
+
+
+def remembered(
+    load: Callable[[], Iterable[T]], budget: int, bytes_of: Callable[[T], int] = batch_bytes
+) -> Callable[[], Iterable[T]]:
+    """`load`, kept in memory after the first pass if what it gives fits into `budget` bytes."""
+    kept: list[T] = []
+    complete = False
+
+    def passes() -> Iterable[T]:
+        nonlocal complete
+        if complete:
+            yield from kept
+            return
+        kept.clear()
+        total = 0
+        for batch in load():
+            total += bytes_of(batch)
+            if total <= budget:
+                kept.append(batch)
+            else:
+                kept.clear()
+            yield batch
+        complete = total <= budget
+
+    return passes
