@@ -23,9 +23,12 @@ FIELDS = {name: field for name, _, field in option_fields()}
 
 
 def kind(name):
-    """The type of an option without its None."""
+    """The type of an option without its None and without words that may take a number's place."""
     hint = HINTS[name]
-    return next((each for each in get_args(hint) if each is not type(None)), hint) if optional(name) else hint
+    if get_origin(hint) is Literal:
+        return hint
+    choices = [each for each in get_args(hint) if each is not type(None)]
+    return next((each for each in choices if isinstance(each, type)), choices[0] if choices else hint)
 
 
 def optional(name):
@@ -44,7 +47,18 @@ def allowed(name):
             int: st.integers(low, 2**53 if high is None else high),
             float: st.floats(low, high, allow_nan=False, allow_infinity=False),
         }[kind(name)]
+        values = values | st.sampled_from(words(name)) if words(name) else values
     return st.none() | values if optional(name) else values
+
+
+def words(name):
+    """What may be given in place of a number."""
+    return [
+        word
+        for each in get_args(HINTS[name])
+        if get_origin(each) is Literal and each is not kind(name)
+        for word in get_args(each)
+    ]
 
 
 options = st.fixed_dictionaries({}, optional={name: allowed(name) for name in HINTS}).map(Options.resolve)

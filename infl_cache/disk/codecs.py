@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
 from numcodecs.blosc import Blosc
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
+
+from infl_cache.errors import DamagedStore
 
 CRC_BYTES = 4
 
@@ -59,3 +64,15 @@ class Codec:
 def stored_checksum(tail: bytes) -> int:
     """The checksum that the crc32c codec keeps in the last four bytes of a chunk file."""
     return int.from_bytes(tail[-CRC_BYTES:], "little")
+
+
+def planned_codec(plan: Mapping[str, Any], to_write: bool, folder: Path, stage: str) -> Codec | None:
+    """The codec in a stage's plan; older versions did not write it down, and only writing needs it."""
+    if "codec" in plan:
+        return Codec(**plan["codec"])
+    if to_write:
+        raise DamagedStore(
+            f"{folder}: expected the codec of {stage} in manifest.json, found none: the run was begun by"
+            f" another version; finish it with that one, or start over with infl-cache {stage} --force"
+        )
+    return None

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from infl_cache.disk.codecs import Codec
+from infl_cache.disk.codecs import Codec, planned_codec
 from infl_cache.disk.durable import disk_full_is_said, make_folders, remove, write_atomically
 from infl_cache.disk.growth import begin_growth, check_metadata, finish_growth
 from infl_cache.disk.layout import ArrayLayout, Block, samples_of, span_blocks
@@ -21,10 +21,17 @@ from infl_cache.disk.ledger import BlockRecord, FileRecord, Ledger, done_in
 from infl_cache.disk.lock import only_writer
 from infl_cache.disk.manifest import Identity, Manifest, differences, fingerprint
 from infl_cache.disk.store import Store, check_file, create_store, record_of_chunk, record_of_file
-from infl_cache.disk.sweep import CHILDREN, OUTPUTS, forget_unbegun, refuse_other_folders, remove_leftovers
+from infl_cache.disk.sweep import OUTPUTS, forget_unbegun, refuse_other_folders, remove_leftovers
 from infl_cache.errors import BadInput, DamagedStore, ForeignRun, IncompleteStore
 
 Force = bool | Literal["all"]
+# Which stages hang on a stage.
+CHILDREN = {
+    "grads": ("influence", "rankings"),
+    "stest": ("influence", "rankings"),
+    "influence": ("rankings",),
+    "rankings": (),
+}
 
 
 class RunFolder:
@@ -160,12 +167,7 @@ class RunFolder:
                 raise
             check_metadata(self.path, self.plan(stage))
         plan = self.plan(stage)
-        codec = Codec(**plan["codec"]) if "codec" in plan else None
-        if codec is None and mode != "r":
-            raise DamagedStore(
-                f"{self.path}: expected the codec of {stage} in manifest.json, found none: the run was begun by"
-                f" another version; finish it with that one, or start over with infl-cache {stage} --force"
-            )
+        codec = planned_codec(plan, mode == "r+", self.path, stage)
         return Store(self.path / OUTPUTS[stage][0], self.array_layouts(stage), mode, codec)
 
     def grow(self, stage: str, n_rows: int, **facts: Any) -> None:

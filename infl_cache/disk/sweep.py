@@ -15,13 +15,6 @@ OUTPUTS = {
     "influence": ("influence.npy", "influence.partial.npy"),
     "rankings": ("rankings.npz",),
 }
-# Which stages hang on a stage.
-CHILDREN = {
-    "grads": ("influence", "rankings"),
-    "stest": ("influence", "rankings"),
-    "influence": ("rankings",),
-    "rankings": (),
-}
 STORES = tuple(outputs[0] for outputs in OUTPUTS.values() if outputs[0].endswith(".zarr"))
 
 

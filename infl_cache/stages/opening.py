@@ -77,19 +77,19 @@ def looked_at(folder: RunFolder, task: Task, options: Options) -> Iterator[Opene
         yield Opened(folder, task, options, parameters, device, budget, lambda: None, {})
 
 
-def as_asked(task: Task, options: Options) -> Task:
-    """The task with its plain model and the measure that is asked for; `BadInput` for test samples it does not have."""
-    check_selection(options.selection, len(task.test))
-    measure = measures.named(options.selection.measure, task.measure)
-    return dataclasses.replace(task, model=unwrapped(task.model), measure=measure)
-
-
 @contextmanager
 def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
     """`looked_at`, with the folder locked and signals caught; all of it is undone on leaving."""
     with looked_at(folder, task, options) as run, folder.writing(), stop_between_blocks() as check:
         remember_tests(folder)
         yield dataclasses.replace(run, check=check, task_identity=task_identity(run.task, run.parameters))
+
+
+def as_asked(task: Task, options: Options) -> Task:
+    """The task with its plain model and the measure that is asked for; `BadInput` for test samples it does not have."""
+    check_selection(options.selection, len(task.test))
+    measure = measures.named(options.selection.measure, task.measure)
+    return dataclasses.replace(task, model=unwrapped(task.model), measure=measure)
 
 
 def choose_device(name: str) -> torch.device:

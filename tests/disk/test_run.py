@@ -13,9 +13,9 @@ import pytest
 from infl_cache.config import Options, read_config_file
 from infl_cache.disk.layout import ArrayLayout, Block, chunk_keys
 from infl_cache.disk.ledger import FileRecord, Ledger, array_bytes
-from infl_cache.disk.run import RunFolder
+from infl_cache.disk.run import CHILDREN, RunFolder
 from infl_cache.disk.store import METADATA
-from infl_cache.disk.sweep import CHILDREN, OUTPUTS
+from infl_cache.disk.sweep import OUTPUTS
 from infl_cache.errors import BadInput, DamagedStore, DiskFull, ForeignRun, IncompleteStore, Locked
 
 

@@ -4,59 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import operator
-import re
-import reprlib
-import tomllib
-import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-import yaml
-
+from infl_cache.config.checking import checked, parse_size, short
+from infl_cache.config.files import MAX_CONFIG_BYTES, read_config_file
 from infl_cache.errors import BadInput
 
-MAX_CONFIG_BYTES = 1_000_000
-# No option means anything beyond this, and larger integers do not fit the arithmetic behind them.
-LARGEST = 2**62
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+__all__ = [
+    "MAX_CONFIG_BYTES", "SECTIONS", "GradsOptions", "InfluenceOptions", "Options", "Resources", "SelectionOptions",
+    "StestOptions", "option_fields", "parse_size", "read_config_file", "short",
+]  # fmt: skip
 
 
 def option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
     """A dataclass field that carries its help text and inclusive range."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
-
-
-def short(value: Any) -> str:
-    """A value as text of a bounded length, whatever it holds.
-
-    >>> len(short(list(range(10**6)))) < 100
-    True
-    """
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # Python refuses to write out an integer of more than some thousand digits
-        return f"an integer of {int(value).bit_length()} bits"
-
-
-def parse_size(text: str | int | float) -> int:
-    """Bytes from a number or from text such as `2GB`, `512 MiB`.
-
-    >>> parse_size("2GB"), parse_size("1.5 MiB"), parse_size(4096)
-    (2000000000, 1572864, 4096)
-    """
-    if isinstance(text, (int, float)) and not isinstance(text, bool):
-        return int(text)
-    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError(f"expected a size such as 2GB or 512MiB, found {short(text)}")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 @dataclass(frozen=True)
@@ -158,12 +122,16 @@ class Resources:
     progress: bool = option(True, "progress bars (they are silent in a file anyway)")
 
 
-SECTIONS = {"grads": GradsOptions, "stest": StestOptions, "selection": SelectionOptions,
-            "influence": InfluenceOptions, "resources": Resources}  # fmt: skip
-EXPECTED = {"memory": "a size such as 2GB or 512MiB",
-            "test": "a string such as '0:1000' or '5,7,100:200' (in YAML in quotes), or a list of indices"}  # fmt: skip
+SECTIONS = {
+    "grads": GradsOptions,
+    "stest": StestOptions,
+    "selection": SelectionOptions,
+    "influence": InfluenceOptions,
+    "resources": Resources,
+}
 
 
+# What a value should have been, where the name of its type does not tell.
 @dataclass(frozen=True)
 class Options:
     """All options, resolved; one flat mapping outside, five groups inside.
@@ -195,7 +163,7 @@ class Options:
             hints = get_type_hints(kind)
             sections[section] = kind(
                 **{
-                    f.name: _checked(f, hints[f.name], given[f.name])
+                    f.name: checked(f, hints[f.name], given[f.name])
                     for f in dataclasses.fields(kind)
                     if f.name in given
                 }
@@ -212,89 +180,3 @@ def option_fields() -> Iterator[tuple[str, str, dataclasses.Field[Any]]]:
     for section, kind in SECTIONS.items():
         for each in dataclasses.fields(kind):
             yield each.name, section, each
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or TOML file: plain data only, tags that would build objects are refused."""
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise BadInput(
-                f"{path}: expected a configuration under {MAX_CONFIG_BYTES:,} bytes, found {path.stat().st_size:,}"
-            )
-        text = path.read_text(encoding="utf-8")
-        loaded = tomllib.loads(text) if path.suffix == ".toml" else _plain_yaml(text)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise BadInput(f"{path}: not a plain YAML or TOML file: {' '.join(str(error).split())[:200]}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise BadInput(f"{path}: expected a mapping of option names to values, found {type(loaded).__name__}")
-    return {key.replace("-", "_"): value for key, value in loaded.items()}
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without tags that build objects (SafeLoader), nor aliases, by which a small file unfolds to a huge one."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError("aliases are not allowed")
-        return super().compose_node(parent, index)
-
-
-def _plain_yaml(text: str) -> Any:
-    loader = _PlainLoader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def _checked(spec: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
-    """`value` as the field's type, or `BadInput` that names field, value and what is allowed."""
-    choices = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
-    words = next((get_args(each) for each in choices if len(choices) > 1 and get_origin(each) is Literal), ())
-    if (value is None and type(None) in choices) or (isinstance(value, str) and value in words):
-        return value
-    kind = next(each for each in choices if each is not type(None))
-    name, found = spec.name.replace("_", "-"), short(value)
-    if get_origin(kind) is Literal:
-        if not isinstance(value, str) or value not in get_args(kind):
-            raise BadInput(f"{name}: expected one of {', '.join(get_args(kind))}, found {found}")
-        return value
-    try:
-        special = {"memory": parse_size, "test": _selection}.get(spec.name)
-        value = special(value) if special is not None else _converted(kind, value)
-    except (ValueError, OverflowError, TypeError):
-        expected = EXPECTED.get(spec.name, " or ".join([kind.__name__, *words]))
-        raise BadInput(f"{name}: expected {expected}, found {found}") from None
-    if kind in (int, float):
-        _check_range(name, spec.metadata["low"], spec.metadata["high"], value)
-    return value
-
-
-def _converted(kind: type, value: Any) -> Any:
-    """`value` as `kind`; a number may come as text, as from a command line or from YAML, to which 1e-3 is text."""
-    if isinstance(value, str) and kind in (int, float):
-        return kind(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError
-    return value
-
-
-def _selection(value: Any) -> Any:
-    """Text, or indices in a list, an array or a range, as text."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    indices = value if isinstance(value, (list, tuple, range)) else None
-    return _converted(str, value) if indices is None else ",".join(str(operator.index(each)) for each in indices)
-
-
-def _check_range(name: str, low: float | None, high: float | None, value: float) -> None:
-    highest = LARGEST if high is None and isinstance(value, int) else high
-    outside = (low is not None and value < low) or (highest is not None and value > highest)
-    if outside or not math.isfinite(value):
-        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise BadInput(f"{name}: expected a finite number {allowed}, found {short(value)}")
