@@ -133,6 +133,7 @@ def test_a_signal_does_not_wait_for_ever(tmp_path, monkeypatch):
 def test_status_says_what_is_kept_and_force_drops_it(tmp_path, monkeypatch):
     path = stopped_after(3, tmp_path, monkeypatch)
     assert "iteration: iteration 3 of block 0 kept 0." in str(Run(path).status())
+    assert "0 of 4 rows (0%), 0 B" in str(Run(path).status()), "nothing is known yet of the time that is left"
     (path / keeping.STATE).write_bytes(b"nonsense")
     assert "cannot be read" in str(Run(path).status())
     run = Run(path, tasks.mlp(n_test=4), **OPTIONS)
