@@ -10,7 +10,7 @@ RUN ?= runs/digits
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help grads stest influence status report export test check bench clean
+.PHONY: help grads stest influence status report validate export test check bench clean
 
 help: ## print this
 	@echo "usage: make TARGET [TASK=file.py:function] [RUN=folder] [ARGS='--damping 0.1 ...']"
@@ -39,6 +39,9 @@ status: $(STAMP) ## what is done, what is left, sizes, rates
 
 report: $(STAMP) ## the strongest training samples of some test samples: a table and a picture
 	$(BIN)/infl-cache report $(RUN) --task $(TASK)
+
+validate: $(STAMP) ## is it true? retrain without chosen samples: ARGS='--kind lds --subsets 20'
+	$(BIN)/infl-cache validate --task $(TASK) --run $(RUN) $(ARGS)
 
 export: $(STAMP) ## the finished matrix as json or csv: ARGS='--format csv --out FILE'
 	$(BIN)/infl-cache export $(RUN) $(ARGS)

@@ -15,9 +15,11 @@ from infl_cache.errors import (
     Locked,
 )
 from infl_cache.maths import measures
-from infl_cache.maths.task import Task, load_task
+from infl_cache.maths.load import load_task
+from infl_cache.maths.task import Task
 from infl_cache.pipeline import Run
 from infl_cache.stages.rank import Ranking
+from infl_cache.stages.validation import Validation
 
 __version__ = "0.1.0"
 
@@ -34,6 +36,7 @@ __all__ = [
     "Ranking",
     "Run",
     "Task",
+    "Validation",
     "load_task",
     "measures",
 ]

@@ -15,16 +15,18 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from infl_cache import __version__
-from infl_cache.config import SECTIONS, option_fields, read_config_file
+from infl_cache.config import SECTIONS, Resources, option_fields, read_config_file
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput, DamagedStore, InflCacheError, Interrupted
-from infl_cache.maths.task import Task, load_task
+from infl_cache.maths.load import load_task
+from infl_cache.maths.task import Task
 from infl_cache.pipeline import STAGES, Run
 from infl_cache.progress import human_bytes, human_seconds
 from infl_cache.stages.export import FORMATS, export
 from infl_cache.stages.opening import StageResult
 from infl_cache.stages.report import report
 from infl_cache.stages.status import status
+from infl_cache.stages.validate import ValidateOptions
 from infl_cache.stages.verify import verify
 
 HELP = {
@@ -35,6 +37,7 @@ HELP = {
     "plan": "before anything runs: how each layer's gradient is had and kept, bytes, rates, store or not",
     "status": "what is done, what is left, sizes, rates (also while a run is going on)",
     "verify": "compare every byte of the run folder with its ledger; exit 4 if something is damaged",
+    "validate": "is it true? retrains without chosen samples, beside what a finished run predicts; into RUN/validate",
     "export": "the finished matrix as json (structure of pytorch_influence_functions) or csv",
     "report": "the most helpful and harmful training samples of some test samples, as a table and a picture",
 }
@@ -46,6 +49,7 @@ EPILOG = """examples:
   infl-cache run --config runs/cifar/run.yaml
   infl-cache plan --task task.py:cifar --run runs/cifar --dtype bfloat16
   infl-cache status runs/cifar
+  infl-cache validate --task task.py:cifar --run runs/cifar --kind lds --subsets 100
   infl-cache export runs/cifar --format csv --out influence.csv
 
 A stage that was stopped is carried on by the same command. Negative influence = helpful.
@@ -104,6 +108,7 @@ def parser() -> ArgumentParser:
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
     for name in (*STAGES, "run", "plan"):
         commands.add_subcommand(name, _stage_parser(name), help=HELP[name])
+    commands.add_subcommand("validate", _validate_parser(), help=HELP["validate"])
     for name in ("status", "verify", "export", "report"):
         commands.add_subcommand(name, _reader_parser(name), help=HELP[name])
     return top
@@ -111,20 +116,37 @@ def parser() -> ArgumentParser:
 
 def _stage_parser(name: str) -> ArgumentParser:
     """Options of a stage: all stages take all of them, so that one file serves every stage."""
-    made = _plain_parser(name, "--task TASK --run RUN [options]")
-    made.add_argument("--task", type=str | None, help="path/to/file.py:function or package.module:function")
-    made.add_argument("--run", type=str | None, help="the run folder; made if missing")
-    made.add_argument(
-        "--task-args", type=dict[str, Any] | None, help="arguments of the function: --task-args.NAME VALUE"
-    )
-    made.add_argument("--config", type=str | None, help="a YAML or TOML file of options, e.g. RUN/run.yaml")
+    made = _task_parser(name, "the run folder; made if missing")
     made.add_argument("--force", action="store_true", help="start this stage, and what hangs on it, over")
-    made.add_argument("--debug", action="store_true", help="show tracebacks")
     groups = {
         section: made.add_argument_group((kind.__doc__ or "").split(".")[0]) for section, kind in SECTIONS.items()
     }
     for option, section, field in option_fields():
         _add_option(groups[section], option, get_type_hints(SECTIONS[section])[option], field)
+    return made
+
+
+def _task_parser(name: str, run: str) -> ArgumentParser:
+    """What every command that computes with a task takes."""
+    made = _plain_parser(name, "--task TASK --run RUN [options]")
+    made.add_argument("--task", type=str | None, help="path/to/file.py:function or package.module:function")
+    made.add_argument("--run", type=str | None, help=run)
+    made.add_argument(
+        "--task-args", type=dict[str, Any] | None, help="arguments of the function: --task-args.NAME VALUE"
+    )
+    made.add_argument("--config", type=str | None, help="a YAML or TOML file of options, e.g. RUN/run.yaml")
+    made.add_argument("--debug", action="store_true", help="show tracebacks")
+    return made
+
+
+def _validate_parser() -> ArgumentParser:
+    """Its own options, and those that say where and with how much to compute."""
+    made = _task_parser("validate", "the run folder, with a finished matrix")
+    for kind, fields in ((ValidateOptions, None), (Resources, ("device", "memory", "progress"))):
+        group = made.add_argument_group((kind.__doc__ or "").split(".")[0])
+        for field in dataclasses.fields(kind):
+            if fields is None or field.name in fields:
+                _add_option(group, field.name, get_type_hints(kind)[field.name], field)
     return made
 
 
@@ -216,6 +238,19 @@ def _result_line(result: StageResult) -> str:
     return f"{result.stage:10s} {done}, {human_bytes(result.n_bytes)} on disk, {human_seconds(result.seconds)}"
 
 
+def _validate(given: Namespace) -> None:
+    own = {field.name for field in dataclasses.fields(ValidateOptions)}
+    asked = {name: value for name, value in vars(given).items() if name in own and value is not None}
+    for name in own:
+        given.pop(name)
+    run, _ = _prepared(given)
+    found = run.validate(**asked)
+    print(found)
+    print(f"\nall figures and points: {run.path / 'validate' / found.kind}.json")
+    if found.picture is not None:
+        print(f"scatter plot: {found.picture}")
+
+
 def _status(given: Namespace) -> None:
     print(status(RunFolder(Path(given.run))))
 
@@ -243,6 +278,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     **{name: (lambda given, name=name: _run_stages([name], given)) for name in STAGES},  # type: ignore[misc]
     "run": lambda given: _run_stages(list(STAGES), given),
     "plan": lambda given: print(_prepared(given)[0].plan()),
+    "validate": _validate,
     "status": _status,
     "verify": _verify,
     "export": _export,

@@ -29,6 +29,8 @@ from infl_cache.stages.status import Status, status
 from infl_cache.stages.stest import stest
 from infl_cache.stages.stored import stored_gradients
 from infl_cache.stages.tiles import matrix_tests, require_sound_matrix, sign_of
+from infl_cache.stages.validate import ValidateOptions, validate
+from infl_cache.stages.validation import Validation
 
 Stage = Callable[[Opened, Force], StageResult]
 STAGES: dict[str, Stage] = {"grads": grads, "stest": stest, "influence": influence}
@@ -175,6 +177,17 @@ class Run:
     def status(self) -> Status:
         """What is done and what is left; reads only, also while another process is writing."""
         return status(RunFolder(self.path))
+
+    def validate(self, **options: Any) -> Validation:
+        """Retrain without chosen training samples, beside what this finished run predicts of it.
+
+        Options as on the command line: `kind="loo"|"group"|"lds"`, `test=[0, 5]` or a number, `points`,
+        `group_size`, `subsets`, `fraction`, `seed`, `retrain="auto"|"task"|"lbfgs"`, `force`.
+        """
+        asked = ValidateOptions.resolve(options)
+        if self.task is None:
+            raise BadInput("task: expected a Task to retrain, found none; Run(path, task)")
+        return validate(RunFolder(self.path), self.task, self.options, asked)
 
     def _stage(self, name: str, force: Force) -> StageResult:
         if self.task is None:

@@ -1,6 +1,7 @@
 """The demo: scikit-learn's handwritten digits, 1,500 to train on and 297 to ask about, and a small network.
 
 infl-cache run --task scripts/digits.py:digits --run runs/digits
+infl-cache run --task scripts/digits.py:digits --run runs/logistic --task-args.width 0
 """
 
 import numpy as np
@@ -15,37 +16,51 @@ N_TRAIN, WEIGHT_DECAY = 1500, 1e-3
 
 
 def digits(width: int = 32, seed: int = 0) -> Task:
-    """A network 64-`width`-10, trained here in about a second, always to the same weights."""
+    """A network 64-`width`-10, trained here in about a second, always to the same weights; 64-10 for width 0.
+
+    The network is trained anew for `infl-cache validate`; logistic regression (width 0) has no need of that.
+    """
     pictures, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(labels))
     x = torch.tensor(pictures[order] / 16, dtype=torch.float32)
     y = torch.tensor(labels[order], dtype=torch.int64)
-    model = train(x[:N_TRAIN], y[:N_TRAIN], width, seed)
+
+    def retrain(keep: torch.Tensor) -> nn.Module:
+        return train(x[:N_TRAIN], y[:N_TRAIN], width, seed, keep)
+
     return Task(
-        model=model,
+        model=retrain(torch.ones(N_TRAIN, dtype=torch.bool)).float(),
         train=TensorDataset(x[:N_TRAIN], y[:N_TRAIN]),
         test=TensorDataset(x[N_TRAIN:], y[N_TRAIN:]),
         loss=nn.CrossEntropyLoss(reduction="none"),
         weight_decay=WEIGHT_DECAY,
+        retrain=retrain if width else None,
     )
 
 
-def train(x: torch.Tensor, y: torch.Tensor, width: int, seed: int) -> nn.Module:
-    """LBFGS over all samples, in float64 and one thread: the weights do not depend on how busy the machine is."""
+def train(x: torch.Tensor, y: torch.Tensor, width: int, seed: int, keep: torch.Tensor) -> nn.Module:
+    """LBFGS over the samples to keep, in float64 and one thread: the weights do not depend on how busy the machine is.
+
+    Their losses are divided by the number of all samples: a sample weighs the same whether another is there or not.
+    """
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, 10)).double()
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    if width:
+        model = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, 10)).double()
+    else:
+        model = nn.Sequential(nn.Linear(x.shape[1], 10)).double()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=200 if width else 2000, line_search_fn="strong_wolfe")
+    part, x, y = keep.double().mean(), x[keep].double(), y[keep]
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()
         decay = sum(parameter.square().sum() for parameter in model.parameters())
-        loss = nn.functional.cross_entropy(model(x.double()), y) + WEIGHT_DECAY / 2 * decay
+        loss = nn.functional.cross_entropy(model(x), y) * part + WEIGHT_DECAY / 2 * decay
         loss.backward()
         return loss
 
     optimizer.step(objective)
     torch.set_num_threads(threads)
     torch.set_rng_state(state)
-    return model.float()
+    return model

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from infl_cache.config.checking import checked, parse_size, short
 from infl_cache.config.files import MAX_CONFIG_BYTES, read_config_file
@@ -14,8 +14,10 @@ from infl_cache.errors import BadInput
 
 __all__ = [
     "MAX_CONFIG_BYTES", "SECTIONS", "GradsOptions", "InfluenceOptions", "Options", "Resources", "SelectionOptions",
-    "StestOptions", "option_fields", "parse_size", "read_config_file", "short",
+    "StestOptions", "option", "option_fields", "options_of", "parse_size", "read_config_file", "short",
 ]  # fmt: skip
+
+Made = TypeVar("Made")
 
 
 def option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
@@ -158,21 +160,18 @@ class Options:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
                 raise BadInput(f"unknown option {str(key)[:60]!r}{hint}")
-        sections = {}
-        for section, kind in SECTIONS.items():
-            hints = get_type_hints(kind)
-            sections[section] = kind(
-                **{
-                    f.name: checked(f, hints[f.name], given[f.name])
-                    for f in dataclasses.fields(kind)
-                    if f.name in given
-                }
-            )
+        sections: dict[str, Any] = {section: options_of(kind, given) for section, kind in SECTIONS.items()}
         return cls(**sections)
 
     def flat(self) -> dict[str, Any]:
         """The flat mapping that `resolve` takes; round-trips."""
         return {key: value for section in SECTIONS for key, value in dataclasses.asdict(getattr(self, section)).items()}
+
+
+def options_of(kind: type[Made], given: Mapping[str, Any]) -> Made:
+    """A dataclass of options from the values that `given` has for its fields; `BadInput` for a wrong one."""
+    hints, fields = get_type_hints(kind), dataclasses.fields(kind)  # type: ignore[arg-type]
+    return kind(**{f.name: checked(f, hints[f.name], given[f.name]) for f in fields if f.name in given})
 
 
 def option_fields() -> Iterator[tuple[str, str, dataclasses.Field[Any]]]:

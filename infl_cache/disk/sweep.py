@@ -15,6 +15,8 @@ OUTPUTS = {
     "influence": ("influence.npy", "influence.partial.npy"),
     "rankings": ("rankings.npz",),
 }
+# Figures and pictures of a finished run, and the retrainings that they are made of: no claim of the ledger's.
+VALIDATION = "validate"
 STORES = tuple(outputs[0] for outputs in OUTPUTS.values() if outputs[0].endswith(".zarr"))
 
 
@@ -29,7 +31,7 @@ def refuse_other_folders(folder: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Temporary files of a writer that was killed; to be called under the lock, so that none of them is in use."""
-    for place in (folder, *(folder / name for name in STORES)):
+    for place in (folder, *(folder / name for name in (*STORES, VALIDATION))):
         for here, inner, names in os.walk(place):
             if place == folder:
                 inner.clear()

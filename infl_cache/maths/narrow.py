@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from infl_cache.maths.correlation import spearman
+
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # The largest number of a row comes to lie in [2^(top - 1), 2^top): float16 has its range below 2^16.
 TOP = {torch.bfloat16: 0, torch.float16: 15}
@@ -45,17 +47,7 @@ def agreement(exact: Tensor, rounded: Tensor) -> dict[str, float]:
     `relative` is ||rounded - exact|| / ||exact||; `spearman` is the lowest rank correlation of a row.
     """
     relative = float((rounded - exact).norm() / exact.norm().clamp_min(1e-300))
-    return {"relative": relative, "spearman": min(map(spearman, exact, rounded), default=math.nan)}
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two vectors, ties in the order they come.
-
-    >>> spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 5.0, 9.0]))
-    1.0
-    """
-    n = len(a)
-    if n < 2:
-        return 1.0
-    ranks = [torch.argsort(torch.argsort(each, stable=True), stable=True).double() for each in (a, b)]
-    return 1.0 - 6.0 * float((ranks[0] - ranks[1]).square().sum()) / (n * (n * n - 1.0))
+    lowest = min(
+        (1.0 if torch.equal(a, b) else spearman(a, b) for a, b in zip(exact, rounded, strict=True)), default=math.nan
+    )
+    return {"relative": relative, "spearman": lowest}

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +19,8 @@ from infl_cache.maths.params import Parameters
 from infl_cache.maths.samples import Batch
 
 REENTRANT = "expected checkpoints with use_reentrant=False, found use_reentrant=True;\nset it to False"
+# Functions that a task may do without.
+OPTIONAL = ("measure", "retrain")
 
 
 def _inputs_first(model: nn.Module, batch: Any) -> Any:
@@ -54,6 +51,10 @@ class Task:
         forward: `forward(model, batch) -> outputs`; `model(*batch[:-1])` by default.
         targets: `targets(batch) -> targets`; `batch[-1]` by default.
         classes: names of integer labels, for tables and pictures.
+        retrain: `retrain(keep) -> model`, for `infl-cache validate`: a model of the same kind trained anew on the
+            training samples where the bool tensor `keep` (n_train,) is true, the same one for the same `keep`. Divide
+            the sum of their losses by n_train, not by their number, for that is what the influences predict. Whoever
+            wants the mean over several seeds calls them inside. A float64 model is measured in float64.
 
     Example:
         >>> data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.zeros(8, dtype=torch.long))
@@ -72,14 +73,15 @@ class Task:
     forward: Callable[[nn.Module, Any], Any] = _inputs_first
     targets: Callable[[Any], Any] = _last
     classes: Sequence[str] | None = None
+    retrain: Callable[[Tensor], nn.Module] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise BadInput(f"model: expected a torch.nn.Module, found {type(self.model).__name__}")
         for name in ("train", "test"):
             _check_dataset(getattr(self, name), name)
-        for name in ("loss", "measure", "collate", "forward", "targets"):
-            if not callable(getattr(self, name)) and not (name == "measure" and self.measure is None):
+        for name in ("loss", "measure", "collate", "forward", "targets", "retrain"):
+            if not callable(getattr(self, name)) and not (name in OPTIONAL and getattr(self, name) is None):
                 raise BadInput(f"{name}: expected a function, found {type(getattr(self, name)).__name__}")
         if not (isinstance(self.weight_decay, (int, float)) and 0 <= self.weight_decay < float("inf")):
             raise BadInput(f"weight_decay: expected a number of at least 0, found {self.weight_decay!r}")
@@ -98,59 +100,6 @@ def _check_dataset(dataset: Any, name: str) -> None:
             )
     if len(dataset) == 0:
         raise BadInput(f"{name}: expected at least one sample, found none")
-
-
-def load_task(reference: str, arguments: Mapping[str, Any] | None = None) -> Task:
-    """The task that `path/to/file.py:function` or `package.module:function` returns.
-
-    Raises `BadInput` if there is no such file or function, if it fails, or returns something else.
-    """
-    place, colon, name = str(reference).rpartition(":")
-    if not colon or not name.isidentifier():
-        raise BadInput(f"task: expected path/to/file.py:function or package.module:function, found {reference!r}")
-    function = getattr(_load_module(place), name, None)
-    if not callable(function):
-        raise BadInput(f"task: expected a function {name} in {place}, found none")
-    given = dict(arguments or {})
-    try:
-        inspect.signature(function).bind(**given)
-    except TypeError as error:
-        raise BadInput(f"task: {reference} cannot be called with {given}: {error}") from error
-    with blaming(f"task: {reference}"):
-        task = function(**given)
-    if not isinstance(task, Task):
-        raise BadInput(f"task: expected {reference} to return an infl_cache.Task, found {type(task).__name__}")
-    return task
-
-
-def _load_module(place: str) -> Any:
-    if not place.endswith(".py"):
-        if "" not in sys.path and str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        with blaming(f"task: module {place}"):
-            return importlib.import_module(place)
-    path = Path(place).resolve()
-    if not path.is_file():
-        raise BadInput(f"task: expected a Python file, found none at {place}")
-    # Its neighbours can be imported, and its classes pickled for worker processes, as if it had been run.
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise BadInput(f"task: {place} cannot be loaded as a Python file")
-    module = importlib.util.module_from_spec(spec)
-    before = sys.modules.get(path.stem)
-    sys.modules[path.stem] = module
-    try:
-        with blaming(f"task: {place}"):
-            spec.loader.exec_module(module)
-    except BaseException:
-        if before is None:
-            del sys.modules[path.stem]
-        else:
-            sys.modules[path.stem] = before
-        raise
-    return module
 
 
 def out_of_memory(error: BaseException) -> bool:

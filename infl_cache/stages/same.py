@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from infl_cache.disk.manifest import differences
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import ForeignRun
 from infl_cache.maths.digest import sample_digest
+from infl_cache.maths.params import Parameters
 from infl_cache.maths.probe import probe_batch
 from infl_cache.maths.samples import fetch, spread
 from infl_cache.maths.task import Task, losses_of
-from infl_cache.stages.opening import Opened
+from infl_cache.stages.opening import Opened, task_identity, test_identity
 from infl_cache.stages.selection import count_of_tests
 
 CHECK_SECONDS = 2.0
@@ -75,6 +77,17 @@ def check_values(
                 f"{column} of {name}[{rows[position]}]: expected {expected:.6g} as stored, found {found:.6g};"
                 f" has the code of model, loss or measure changed? {REMEDY}"
             )
+
+
+def check_same_identity(folder: RunFolder, task: Task, parameters: Parameters) -> None:
+    """`ForeignRun` with every differing field unless weights, data, loss and measure are those of a finished run."""
+    made_for = {**(folder.manifest.task or {}), **folder.manifest.stages["stest"]["identity"]}
+    now = {**task_identity(task, parameters), **test_identity(task)}
+    found = differences({name: made_for.get(name) for name in now}, now)
+    if found:
+        raise ForeignRun(
+            f"{folder.path} belongs to another task: {'; '.join(found)}; give the --task that the run was made with"
+        )
 
 
 def check_same_task(folder: RunFolder, task: Task) -> None:
