@@ -31,7 +31,7 @@ from infl_cache.stages.verify import verify
 
 HELP = {
     "grads": "stage 1: the gradient of every training sample into RUN/grad_z.zarr",
-    "stest": "stage 2: s_test of every test sample into RUN/s_test.zarr",
+    "stest": "stage 2: s_test of the test samples (all, or those of --test) into RUN/s_test.zarr",
     "influence": "stage 3: the influence matrix RUN/influence.npy and the rankings",
     "run": "the three stages in order, then a short report",
     "plan": "before anything runs: how each layer's gradient is had and kept, bytes, rates, store or not",
@@ -45,6 +45,7 @@ EPILOG = """examples:
   infl-cache run --task scripts/digits.py:digits --run runs/digits
   infl-cache grads --task task.py:cifar --run runs/cifar --device cuda --memory 8GB
   infl-cache stest --task task.py:cifar --run runs/cifar --damping 0.1 --force
+  infl-cache run --task task.py:cifar --run runs/cifar --test 0:1000
   infl-cache run --config runs/cifar/run.yaml
   infl-cache plan --task task.py:cifar --run runs/cifar --dtype bfloat16
   infl-cache status runs/cifar

@@ -42,6 +42,7 @@ from infl_cache.stages.tiles import (
     matrix_tests,
     planned_tiles,
     solved,
+    tested,
     tile_rows_of,
     uncovered,
 )
@@ -78,7 +79,8 @@ def influence(run: Opened, force: Force = False) -> StageResult:
     for note in (uncertain := _uncertain(folder, skipped_test)):
         log.warning(note)
     notes += uncertain
-    rows = [sum({tile.test: tile.test.rows for tile in chosen}.values()) for chosen in (tiles, todo)]
+    samples = folder.samples("stest")
+    rows = [sum(len(tested(samples, test)) for test in {tile.test for tile in chosen}) for chosen in (tiles, todo)]
     return summary(run, "influence", rows[0], rows[1], started, notes)
 
 
@@ -170,12 +172,12 @@ def _compute(run: Opened, tiles: Sequence[Tile], todo: Sequence[Tile], skipped: 
     forms = Forms.from_json(folder.plan("grads")["forms"])
     samples = folder.samples("stest")
     matrix = _open_matrix(run, anew=len(todo) == len(tiles))
-    total, left = (sum(tile.test.rows * tile.width for tile in chosen) for chosen in (tiles, todo))
+    total, left = (sum(len(tested(samples, tile.test)) * tile.width for tile in chosen) for chosen in (tiles, todo))
     try:
         with progress("influence", total, total - left, "pair", run.options.resources.progress) as bar:
             for tile, values, seconds in _tile_values(run, forms, todo):
                 values[:, np.isin(np.arange(tile.columns.start, tile.columns.stop), skipped)] = np.nan
-                matrix.write_rows(samples[tile.test.start : tile.test.stop], tile.columns.start, values)
+                matrix.write_rows(tested(samples, tile.test), tile.columns.start, values)
                 matrix.sync()
                 record = FileRecord(FINAL, values.nbytes, crc32c(values.tobytes()))
                 folder.commit("influence", Block(tile.index, tile.index, tile.index + 1), [record], seconds)
@@ -219,18 +221,19 @@ def _measure_rounding(run: Opened, forms: Forms, read_test: Callable[[Block], Te
 
 def _tested_rows(run: Opened, store: Store) -> Callable[[Block], Tensor]:
     """A function that reads the s_test rows of a tile, whatever blocks they were stored in."""
-    records = run.folder.records("stest")
+    records, samples = run.folder.records("stest"), run.folder.samples("stest")
     stored = run.folder.stage_blocks("stest")
 
     def read(tile: Block) -> Tensor:
-        layout = store.layouts["s_test"]
-        rows = np.empty((tile.rows, *layout.row_shape), layout.dtype)
+        layout, filled = store.layouts["s_test"], 0
+        rows = np.empty((len(tested(samples, tile)), *layout.row_shape), layout.dtype)
         for block in stored:
             start, stop = max(block.start, tile.start), min(block.stop, tile.stop)
             if start < stop:
                 run.folder.check_block(records[block.index])
                 part = store.read_block(Block(block.index, start, stop), ["s_test"])["s_test"]
-                rows[start - tile.start : stop - tile.start] = part
+                rows[filled : filled + len(part)] = part
+                filled += len(part)
         return torch.from_numpy(rows).to(run.device)
 
     return read

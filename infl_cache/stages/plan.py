@@ -18,6 +18,7 @@ from infl_cache.stages.buffers import BlockBuffer
 from infl_cache.stages.grads import bytes_a_number, planned
 from infl_cache.stages.opening import Opened, options_identity, stored_dtype
 from infl_cache.stages.rounding import rounding_line
+from infl_cache.stages.selection import asked_tests
 from infl_cache.stages.stored import arrays_of, layouts
 
 TRIAL_BATCHES = 4
@@ -84,10 +85,11 @@ def plan_grads(run: Opened) -> GradsPlan:
     compute_rate, rows, trial = _trial(run, forms, forms.at_once(plan["batch_size"]), dtype)
     size = run.parameters.size
     tile = max(1, run.budget // 4 // (size * 4))
+    asked = asked_tests(run.options.selection, run.task, run.options.resources.progress) or range(len(run.task.test))
     return GradsPlan(
         tuple(_planned_layers(forms)), plan["n_rows"], size, plan["batch_size"],
         plan["block_rows"], compute_rate, rows / trial.write_seconds, rows / trial.read_seconds,
-        trial.n_bytes / rows, -(-len(run.task.test) // tile), trial.free, plan.get("rounding"), tuple(notes),
+        trial.n_bytes / rows, -(-len(asked) // tile), trial.free, plan.get("rounding"), tuple(notes),
     )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def report(folder: RunFolder, task: Task | None = None) -> str:
     asked = worst_test_samples(folder, SHOWN)
     labels = stored_column(folder, "grads", "target")
     names = task.classes if task is not None else None
-    text = table(asked, labels, names, sign_of(folder))
+    text = table(asked, labels, names, sign_of(folder), folder.plan("stest").get("measure", "loss"))
     if task is not None:
         picture = draw(folder.path / PICTURE, task, asked, labels)
         text += f"\n{picture}" if picture else ""
@@ -86,10 +86,13 @@ def stored_column(folder: RunFolder, stage: str, name: str) -> NDArray[np.float6
     return found
 
 
-def table(asked: list[Asked], labels: NDArray[np.float64], classes: Any = None, sign: int = 1) -> str:
+def table(
+    asked: list[Asked], labels: NDArray[np.float64], classes: Any = None, sign: int = 1, measure: str = "loss"
+) -> str:
     """The strongest training samples of each test sample: id, label, influence."""
     words = "negative = helpful, positive = harmful" if sign > 0 else "positive = helpful, negative = harmful"
-    lines = [f"Influence on the test samples of largest loss; {words}.", ""]
+    what = "the test samples" if measure == "loss" else f"the measure ({measure}) of the test samples"
+    lines = [f"Influence on {what} of largest loss; {words}.", ""]
     for each in asked:
         lines.append(
             f"test sample {each.index}: label {label_text(each.label, classes)},"

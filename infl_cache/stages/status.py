@@ -56,7 +56,8 @@ class Status:
             if not each.blocks:
                 lines.append(f"  {each.stage:10s} not begun")
                 continue
-            state = "done" if each.complete else f"{each.blocks_done / each.blocks:.0%}, {human_seconds(each.eta)} left"
+            left = f", {human_seconds(each.eta)} left" if each.rate else ""
+            state = "done" if each.complete else f"{each.blocks_done / each.blocks:.0%}{left}"
             unit = "tiles" if each.stage == "influence" else "rows"
             lines.append(
                 f"  {each.stage:10s} {each.rows_done:,} of {each.rows:,} {unit} ({state}), {human_bytes(each.n_bytes)},"

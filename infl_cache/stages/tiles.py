@@ -51,12 +51,20 @@ def all_tiles(tests: Iterable[Block], train: Sequence[Block], tile_blocks: int) 
 
 
 def uncovered(folder: RunFolder, covered: int, tile_rows: int) -> list[list[int]]:
-    """Tiles' rows of the s_test store from row `covered` on, which must be the end of a span or of all that is done."""
-    found = []
-    for start, stop in folder.plan("stest").get("spans", [[0, folder.plan("stest")["n_rows"]]]):
-        first = max(start, covered)
-        found += [[first + each.start, first + each.stop] for each in blocks(max(0, stop - first), tile_rows)]
-    return found
+    """Rows `[start, stop]` of the s_test store from `covered` on, in tiles of at most `tile_rows` test samples.
+
+    Rows between two spans may lie inside a tile and count for nothing: samples that came one by one share a pass.
+    """
+    rows = np.flatnonzero(folder.samples("stest") >= 0)
+    rows = rows[rows >= covered]
+    groups = [rows[each.start : each.stop] for each in blocks(len(rows), tile_rows)]
+    return [[int(group[0]), int(group[-1]) + 1] for group in groups]
+
+
+def tested(samples: NDArray[np.int64], rows: Block) -> NDArray[np.int64]:
+    """The test samples of some rows of the s_test store, those between two spans left out."""
+    found = samples[rows.start : rows.stop]
+    return found[found >= 0]
 
 
 def tile_rows_of(folder: RunFolder) -> list[list[int]]:
@@ -77,7 +85,7 @@ def planned_tiles(folder: RunFolder) -> list[Tile]:
 def matrix_tests(folder: RunFolder) -> NDArray[np.int64]:
     """The test samples that the matrix holds rows of, in ascending order."""
     samples = folder.samples("stest")
-    return np.sort(np.concatenate([samples[start:stop] for start, stop in tile_rows_of(folder)]))
+    return np.sort(np.concatenate([tested(samples, Block(0, start, stop)) for start, stop in tile_rows_of(folder)]))
 
 
 def solved(folder: RunFolder) -> tuple[NDArray[np.int64], dict[str, NDArray[np.generic]]]:
@@ -107,7 +115,7 @@ def checked_tiles(folder: RunFolder, tiles: Sequence[Tile]) -> dict[int, BlockRe
     try:
         for tile in tiles:
             if tile.index in records:
-                rows = samples[tile.test.start : tile.test.stop]
+                rows = tested(samples, tile.test)
                 values = matrix.read_rows(rows, tile.columns.start, tile.width)
                 if crc32c(values.tobytes()) != records[tile.index].files[0].crc:
                     raise DamagedStore(

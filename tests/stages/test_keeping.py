@@ -133,6 +133,7 @@ def test_a_signal_does_not_wait_for_ever(tmp_path, monkeypatch):
 def test_status_says_what_is_kept_and_force_drops_it(tmp_path, monkeypatch):
     path = stopped_after(3, tmp_path, monkeypatch)
     assert "iteration: iteration 3 of block 0 kept 0." in str(Run(path).status())
+    assert "0 of 4 rows (0%), 0 B" in str(Run(path).status()), "nothing is known yet of the time that is left"
     (path / keeping.STATE).write_bytes(b"nonsense")
     assert "cannot be read" in str(Run(path).status())
     run = Run(path, tasks.mlp(n_test=4), **OPTIONS)
@@ -198,3 +199,32 @@ def test_a_state_is_kept_only_when_the_last_one_is_old(tmp_path, monkeypatch):
     assert written == []
     assert RunFolder(tmp_path / "r").records("stest").keys() == {0, 1}
     assert json.dumps(written) == "[]"
+
+
+@pytest.mark.parametrize("solver", ["cg", "pcg"])
+def test_the_solvers_that_keep_their_state_go_on_with_the_same_bits(solver, tmp_path, monkeypatch):
+    monkeypatch.setattr(keeping, "CHECKPOINT_SECONDS", 3600.0)
+    torch.set_num_threads(1)
+    options = {**OPTIONS, "solver": solver, "damping": 0.01, "tolerance": 1e-10}
+    offered, original = [], keeping.Keeping.offer
+
+    def counted(self, state):
+        offered.append(self._block.index)
+        if len(offered) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, state)
+
+    monkeypatch.setattr(keeping.Keeping, "offer", counted)
+    stop = 0
+    Run(tmp_path / "calm", tasks.mlp(n_test=4), **options).stest()
+    calm = list(offered)
+    assert calm.count(0) > 3
+    assert calm.count(1) > 3
+    for stop in (1, 3, len(calm) - 1):
+        offered.clear()
+        path = tmp_path / str(stop)
+        with pytest.raises(Interrupted):
+            Run(path, tasks.mlp(n_test=4), **options).stest()
+        Run(path, tasks.mlp(n_test=4), **options).stest()
+        assert offered == calm, "an iteration was taken twice, or not at all"
+        assert store_of(path) == store_of(tmp_path / "calm")
