@@ -69,11 +69,13 @@ class StestOptions:
     )
     tolerance: float | None = option(
         None,
-        "cg, pcg, fisher: relative residual, 1e-4 if not given; lissa: relative error of s_test, 0.02 if not given",
+        "relative residual, 1e-4 if not given, for ekfac 0.1; lissa: relative error of s_test, 0.02 if not given",
         0.0,
     )
     max_iterations: int = option(1000, "cg, pcg: most iterations for one block of test samples", 1)
-    preconditioner: Literal["ekfac", "none"] = option("ekfac", "pcg: what makes it converge faster")
+    preconditioner: Literal["nystrom", "ekfac", "none"] = option(
+        "nystrom", "pcg: from the leading eigenvectors of a subsample's curvature, from EK-FAC, or none"
+    )
     scale: float | None = option(
         None, "lissa: divides each step; must exceed the curvature; estimated if not given", 1e-30
     )

@@ -17,6 +17,7 @@ from infl_cache.disk.layout import Block, array_layout, from_ranges
 from infl_cache.disk.run import Force
 from infl_cache.errors import IncompleteStore
 from infl_cache.maths.capture import Forms, capture, decide_forms, rows_of
+from infl_cache.maths.curvature import Curvature
 from infl_cache.maths.measures import words_for
 from infl_cache.maths.probe import check_gradients_arrive, check_independence, probe_batch
 from infl_cache.maths.samples import batches, groups_among, spread
@@ -46,6 +47,8 @@ from infl_cache.stages.system import curvature_kind, curvature_samples, damped_c
 MAX_RIGHT_HAND_SIDES = 128
 # Vectors of n_params a right-hand side needs at once: itself, solution, residual, direction, product, vmap's own.
 VECTORS_A_SIDE = 12
+# Training samples that a preconditioner is made from.
+PRECONDITIONER_SAMPLES = 512
 
 
 def stest(run: Opened, force: Force = False) -> StageResult:
@@ -178,7 +181,12 @@ def _prepared(run: Opened, forms: Forms, sides: int, products: _Products) -> Sol
     run.folder.remember("stest", damping=damping)
     rows = curvature_samples(run)
     operator = damped_curvature(run, forms, sides, damping, rows, tick=products.tick, note=products.note)
-    return make_solver(run.options.stest, run.budget, spectrum, KeptFit(run)).prepare(operator)
+
+    def sampled() -> Curvature:
+        few = curvature_samples(run, PRECONDITIONER_SAMPLES)
+        return damped_curvature(run, forms, sides, damping, few, tick=products.tick, note=products.note)
+
+    return make_solver(run.options.stest, run.budget, spectrum, KeptFit(run), sampled).prepare(operator)
 
 
 class _Products:

@@ -7,16 +7,19 @@ non-convergence: the stage decides.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from infl_cache.config import StestOptions
-from infl_cache.maths.curvature import Spectrum
+from infl_cache.maths.curvature import Curvature, Spectrum
 from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution, Solve, Solver
 from infl_cache.maths.solvers.cg import CG
 from infl_cache.maths.solvers.ekfac import ByEKFAC, approximate_inverse
 from infl_cache.maths.solvers.exact import Exact
 from infl_cache.maths.solvers.identity import Identity
 from infl_cache.maths.solvers.lissa import LiSSA
+from infl_cache.maths.solvers.nystrom import nystrom, preconditioner
 from infl_cache.maths.solvers.pcg import PCG
 
 __all__ = [
@@ -25,19 +28,28 @@ __all__ = [
 ]  # fmt: skip
 
 
+# Leading eigenvectors of the preconditioner; each costs a vector of n_params.
+LARGEST_RANK = 192
+
+
 def make_solver(
-    options: StestOptions, memory: int | None = None, spectrum: Spectrum | None = None, fits: Keeper = FORGETFUL
+    options: StestOptions,
+    memory: int | None = None,
+    spectrum: Spectrum | None = None,
+    fits: Keeper = FORGETFUL,
+    sampled: Callable[[], Curvature] | None = None,
 ) -> Solver:
-    """The solver that the options name, with its share of them and of `memory` bytes; `fits` keeps what it fits."""
+    """The solver that the options name, with its share of them and of `memory` bytes.
+
+    `fits` keeps what it fits, `sampled()` is the curvature over a subsample, for a preconditioner.
+    """
     tolerance = 1e-4 if options.tolerance is None else options.tolerance
     if options.solver == "identity":
         return Identity()
     if options.solver == "pcg":
-        by_ekfac = options.preconditioner == "ekfac"
-        fit = (lambda operator: approximate_inverse(operator, fits)) if by_ekfac else None
-        return PCG(tolerance, options.max_iterations, fit)
+        return PCG(tolerance, options.max_iterations, _preconditioner(options.preconditioner, memory, fits, sampled))
     if options.solver == "ekfac":
-        return ByEKFAC(options.tolerance, fits)
+        return ByEKFAC(0.1 if options.tolerance is None else options.tolerance, fits)
     if options.solver == "exact":
         return Exact(memory)
     if options.solver == "cg":
@@ -51,6 +63,30 @@ def make_solver(
         seed=options.seed,
         spectrum=spectrum,
     )
+
+
+def _preconditioner(
+    name: str, memory: int | None, fits: Keeper, sampled: Callable[[], Curvature] | None
+) -> Callable[[Operator], Callable[[Tensor], Tensor]] | None:
+    """What makes a preconditioner of the operator, None for none."""
+    if name == "ekfac":
+        return lambda operator: approximate_inverse(operator, fits)
+    if name == "none" or sampled is None:
+        return None
+
+    def by_nystrom(operator: Operator) -> Callable[[Tensor], Tensor]:
+        small = sampled()
+        kept = fits.found()
+        if kept is None:
+            row = small.parameters.size * small.dtype.itemsize
+            rank = LARGEST_RANK if memory is None else min(LARGEST_RANK, memory // 8 // row)
+            leading, values = nystrom(small, rank)
+            kept = {"leading": leading, "values": values}
+            fits.offer(lambda: {"leading": leading, "values": values})
+        like = next(small.task.model.parameters())
+        return preconditioner(kept["leading"].to(like.device), kept["values"].to(like.device), small.shift)
+
+    return by_nystrom
 
 
 def solve(operator: Operator, rhs: Tensor, options: Solver) -> Solution:

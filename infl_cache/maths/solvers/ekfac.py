@@ -12,18 +12,17 @@ from infl_cache.maths.curvature import Curvature
 from infl_cache.maths.ekfac import EKFAC, fit
 from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution, Solve, norms, relative_residual
 
-FAR = "the approximation is further off than the tolerance; use --solver pcg, which goes on from it"
+FAR = "ekfac is an approximation; --solver pcg solves the system itself"
 
 
 @dataclass(frozen=True)
 class ByEKFAC:
     """`s = (C' + shift I)^-1 v` with C' the EK-FAC approximation of the curvature (see `maths.ekfac`).
 
-    The residuals are true ones, with the operator itself. Without a `tolerance` every finite row will do: that it is an
-    approximation is what was asked for.
+    The residuals are true ones, with the operator itself; only a row within the tolerance is called converged.
     """
 
-    tolerance: float | None = None
+    tolerance: float = 0.1
     fits: Keeper = FORGETFUL
 
     def check(self, size: int) -> None:
@@ -40,7 +39,7 @@ class ByEKFAC:
             value = fitted[0](rhs)
             residual = relative_residual(operator, value, rhs)
             fine = torch.isfinite(residual) & torch.isfinite(norms(value))
-            converged = fine if self.tolerance is None else fine & (residual <= self.tolerance)
+            converged = fine & (residual <= self.tolerance)
             reasons = tuple(
                 "" if good else FAR if finite else "not finite"
                 for good, finite in zip(converged.tolist(), fine.tolist(), strict=True)
