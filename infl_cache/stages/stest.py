@@ -178,7 +178,7 @@ def _prepared(run: Opened, forms: Forms, sides: int, products: _Products) -> Sol
     damping = chosen_damping(run, spectrum)
     for text in advice(run, spectrum, damping):
         products.note(text)
-    run.folder.remember("stest", damping=damping)
+    run.folder.remember("stest", damping=damping, curvature=curvature_kind(run.options.stest))
     rows = curvature_samples(run)
     operator = damped_curvature(run, forms, sides, damping, rows, tick=products.tick, note=products.note)
 

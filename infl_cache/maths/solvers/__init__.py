@@ -29,7 +29,9 @@ __all__ = [
 
 
 # Leading eigenvectors of the preconditioner; each costs a vector of n_params.
-LARGEST_RANK = 192
+LARGEST_RANK = 320
+# What a preconditioner may cost in vectors multiplied with the whole curvature, each of its two passes.
+PRODUCTS_WORTH = 32
 
 
 def make_solver(
@@ -75,11 +77,14 @@ def _preconditioner(
         return None
 
     def by_nystrom(operator: Operator) -> Callable[[Tensor], Tensor]:
+        if not isinstance(operator, Curvature):
+            raise TypeError(f"expected a Curvature, found {type(operator).__name__}")
         small = sampled()
         kept = fits.found()
         if kept is None:
             row = small.parameters.size * small.dtype.itemsize
-            rank = LARGEST_RANK if memory is None else min(LARGEST_RANK, memory // 8 // row)
+            rank = min(LARGEST_RANK, PRODUCTS_WORTH * operator.n_train // small.n_train)
+            rank = rank if memory is None else min(rank, memory // 8 // row)
             leading, values = nystrom(small, rank)
             kept = {"leading": leading, "values": values}
             fits.offer(lambda: {"leading": leading, "values": values})
