@@ -14,12 +14,14 @@ from infl_cache.maths.curvature import Spectrum
 from infl_cache.maths.solvers.base import Operator, Solution, Solve, Solver
 from infl_cache.maths.solvers.cg import CG
 from infl_cache.maths.solvers.exact import Exact
+from infl_cache.maths.solvers.fisher import Fisher
 from infl_cache.maths.solvers.identity import Identity
 from infl_cache.maths.solvers.lissa import LiSSA
 from infl_cache.maths.solvers.pcg import PCG
 
 __all__ = [
-    "CG", "PCG", "Exact", "Identity", "LiSSA", "Operator", "Solution", "Solve", "Solver", "make_solver", "solve",
+    "CG", "PCG", "Exact", "Fisher", "Identity", "LiSSA", "Operator", "Solution", "Solve", "Solver", "make_solver",
+    "solve",
 ]  # fmt: skip
 
 
@@ -30,6 +32,8 @@ def make_solver(options: StestOptions, memory: int | None = None, spectrum: Spec
         return Identity()
     if options.solver == "pcg":
         return PCG(tolerance, options.max_iterations)
+    if options.solver == "fisher":
+        return Fisher(tolerance, memory)
     if options.solver == "exact":
         return Exact(memory)
     if options.solver == "cg":
