@@ -6,16 +6,18 @@ import os
 from pathlib import Path
 
 from infl_cache.disk.durable import remove
+from infl_cache.disk.tiles import FOLDER as TILES
 from infl_cache.errors import BadInput
 
 # What each stage leaves in the run folder.
 OUTPUTS = {
     "grads": ("grad_z.zarr",),
-    "stest": ("s_test.zarr",),
+    "stest": ("s_test.zarr", TILES),
     "influence": ("influence.npy", "influence.partial.npy"),
     "rankings": ("rankings.npz",),
 }
-STORES = tuple(outputs[0] for outputs in OUTPUTS.values() if outputs[0].endswith(".zarr"))
+# Those that are folders, in which a killed writer's temporary files may lie.
+FOLDERS = tuple(name for outputs in OUTPUTS.values() for name in outputs if name.endswith((".zarr", TILES)))
 
 
 def refuse_other_folders(folder: Path) -> None:
@@ -29,7 +31,7 @@ def refuse_other_folders(folder: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Temporary files of a writer that was killed; to be called under the lock, so that none of them is in use."""
-    for place in (folder, *(folder / name for name in STORES)):
+    for place in (folder, *(folder / name for name in FOLDERS)):
         for here, inner, names in os.walk(place):
             if place == folder:
                 inner.clear()

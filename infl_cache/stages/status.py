@@ -10,6 +10,7 @@ import numpy as np
 
 from infl_cache.disk.ledger import array_bytes
 from infl_cache.disk.run import RunFolder
+from infl_cache.disk.tiles import FOLDER, bytes_of_tiles
 from infl_cache.errors import BadInput
 from infl_cache.progress import human_bytes, human_seconds
 from infl_cache.stages.rounding import rounding_line
@@ -88,6 +89,8 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
         details.update(_grads_details(folder, array_bytes(records.values()), rows_done))
     if stage == "influence" and "rounding" in folder.plan("influence"):
         details["rounding"] = rounding_line(folder.plan("influence")["rounding"])
+    if stage == "stest" and (n_bytes := bytes_of_tiles(folder.path / FOLDER)):
+        details["Gram matrix"] = f"{human_bytes(n_bytes)} in {FOLDER}, kept for more test samples; may be removed"
     if stage == "stest" and records:
         details.update(_stest_details(folder, sorted(records)))
     return StageStatus(
