@@ -62,6 +62,10 @@ class Fisher:
             del keeper
             if not made:
                 made.append(self._inverse(curvature, rows))
+            if not made[0].sound:
+                nothing, none = torch.full_like(rhs, torch.nan), torch.full_like(norms(rhs), torch.nan)
+                count = torch.zeros(len(rhs), dtype=torch.int64)
+                return Solution(nothing, none, count, none <= self.tolerance, (INDEFINITE,) * len(rhs))
             return self._solve(curvature, made[0], rhs)
 
         return solve
@@ -86,31 +90,30 @@ class Fisher:
         return _Inverse(operator, rows, tiles, sound)
 
     def _solve(self, operator: Curvature, inverse: _Inverse, rhs: Tensor) -> Solution:
-        size = norms(rhs)
-        broken = ~torch.isfinite(size) | (not inverse.sound)
-        value = torch.full_like(rhs, torch.nan)
-        residual = torch.full_like(size, torch.nan)
-        iterations = torch.zeros(len(rhs), dtype=torch.int64)
-        todo = torch.nonzero(~broken).flatten()
-        value[todo] = 0
-        right = rhs[todo]
-        for _ in range(1 + REFINEMENTS):
+        size = norms(rhs).clamp_min(torch.finfo(torch.float64).tiny)
+        value = inverse(rhs)
+        left = operator(value).neg_().add_(rhs)
+        residual = norms(left) / size
+        iterations = torch.ones(len(rhs), dtype=torch.int64)
+        todo = torch.nonzero(residual > self.tolerance).flatten()
+        left = left[todo]
+        for _ in range(REFINEMENTS):
             if not len(todo):
                 break
-            better = value[todo] + inverse(right)
-            left = rhs[todo] - operator(better)
-            now = norms(left) / size[todo].clamp_min(torch.finfo(torch.float64).tiny)
-            gained = ~(now >= residual[todo])  # the first time there is nothing to compare with
-            value[todo[gained]] = better[gained]
-            residual[todo[gained]] = now[gained]
+            better = inverse(left).add_(value[todo])
+            left = operator(better).neg_().add_(rhs[todo])
+            now = norms(left) / size[todo]
             iterations[todo.cpu()] += 1
+            gained = now < residual[todo]
+            value[todo[gained]], residual[todo[gained]] = better[gained], now[gained]
             again = gained & (now > self.tolerance)
-            todo, right = todo[again], left[again]
+            todo, left = todo[again], left[again]
+        broken = ~torch.isfinite(residual)
+        value[broken], residual[broken] = torch.nan, torch.nan
         converged = residual <= self.tolerance
-        why = INDEFINITE if not inverse.sound else "not finite"
         reasons = tuple(
-            "" if fine else ROUNDING if finite else why
-            for fine, finite in zip(converged.tolist(), torch.isfinite(residual).tolist(), strict=True)
+            "" if fine else "not finite" if wrong else ROUNDING
+            for fine, wrong in zip(converged.tolist(), broken.tolist(), strict=True)
         )
         return Solution(value, residual, iterations, converged, reasons)
 
@@ -132,7 +135,7 @@ class _Inverse:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         forms, passes, tick = self._rows.forms, self._rows.passes, self._operator.tick
-        cut, total = Cut.of(forms, vectors), Cut.of(forms, torch.zeros_like(vectors))
+        cut, total = Cut.of(forms, vectors), Cut.zeros(forms, vectors)
         seen = []
         for jacobian in passes():
             tick()
@@ -144,4 +147,4 @@ class _Inverse:
             coefficients = weights[:, at : at + jacobian.size].T.unsqueeze(2).contiguous()
             add_transposed(forms, jacobian, coefficients, total)
             at += jacobian.size
-        return (vectors - total.joined(forms)).div_(self._operator.shift)
+        return total.joined(forms).neg_().add_(vectors).div_(self._operator.shift)
