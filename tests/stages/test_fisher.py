@@ -322,3 +322,25 @@ def test_samples_without_a_finite_gradient_are_skipped(tmp_path):
 def test_two_kinds_of_tiles_are_told_apart():
     assert stage.KINDS == ("gram", "factor")
     assert set(tiled.Kind.__args__) == set(stage.KINDS)
+
+
+def test_tiles_belong_to_gradients_samples_shift_and_arithmetic(tmp_path, monkeypatch):
+    """Also where no --force has removed the folder, as when nothing of s_test had been committed."""
+    monkeypatch.setattr(stage, "_keeper", lambda run, identity: identity)
+
+    class Folder:
+        store = "one"
+
+        def fingerprint(self, stage):
+            return f"{stage} {self.store}"
+
+    def identity(rows=(0, 1), shift=0.1, store="one", dtype=torch.float64):
+        monkeypatch.setattr(Folder, "store", store)
+        monkeypatch.setattr(stage, "solve_dtype", lambda run: dtype)
+        options = type("Options", (), {"resources": type("Resources", (), {"progress": False})})
+        run = type("Run", (), {"folder": Folder(), "options": options})
+        return stage.with_tiles(run, Fisher(), rows, shift).keep
+
+    found = [identity(), identity((0, 2)), identity(shift=0.2), identity(store="two"), identity(dtype=torch.float32)]
+    assert len(set(found)) == 5
+    assert identity() == found[0]
