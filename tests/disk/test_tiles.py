@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from infl_cache.disk.run import RunFolder
+from infl_cache.disk.sweep import remove_leftovers
 from infl_cache.disk.tiles import FOLDER, TileFolder, bytes_of_tiles
 from infl_cache.errors import DamagedStore, DiskFull
 
@@ -70,13 +70,12 @@ def test_room_is_counted_with_what_is_there(tmp_path, monkeypatch):
 
 
 def test_what_a_kill_left_half_written_is_swept_away(tmp_path):
-    with RunFolder(tmp_path / "run").writing():
-        pass
-    tiles(tmp_path / "run" / FOLDER).put("gram", 0, 0, VALUES)
-    left = tmp_path / "run" / FOLDER / "a-3" / "gram-1-0.tile.partial"
+    tiles(tmp_path / FOLDER).put("gram", 0, 0, VALUES)
+    left = tmp_path / FOLDER / "a-3" / "gram-1-0.tile.partial"
     left.write_bytes(b"half")
-    with RunFolder(tmp_path / "run").writing():
-        assert not left.exists()
+    remove_leftovers(tmp_path)
+    assert not left.exists()
+    assert tiles(tmp_path / FOLDER).has("gram", 0, 0)
 
 
 def test_a_folder_that_is_not_there_has_no_bytes(tmp_path):

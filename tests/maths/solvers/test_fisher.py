@@ -117,7 +117,7 @@ def test_a_matrix_that_fits_into_memory_needs_no_other_place():
 
 
 def test_rows_are_read_about_twice_a_panel_and_once_where_they_are_one_panel():
-    matrix = normal(64, 12)
+    matrix = normal(96, 12)
     reads = []
 
     def passes():
@@ -128,11 +128,13 @@ def test_rows_are_read_about_twice_a_panel_and_once_where_they_are_one_panel():
     def product(a, b):
         return gram(FORMS[12], a, b)
 
-    fill(InMemory(16), 64, passes, product, 64, lambda: None)
-    assert reads == list(range(8))
+    fill(InMemory(16), 96, passes, product, 96, lambda: None)
+    assert reads == list(range(12))
     reads.clear()
-    fill(InMemory(16), 64, passes, product, 32, lambda: None)
-    assert len(reads) <= 8 + 8 + 5
+    fill(InMemory(16), 96, passes, product, 32, lambda: None)
+    # All of it for the first panel, in case that is remembered; then to the panel's end and to its beginning, and one
+    # piece more to see that it is.
+    assert len(reads) == 12 + (8 + 1) + (4 + 1) + 12 + (8 + 1)
 
 
 def test_tiles_hold_the_matrix_then_its_factor():
