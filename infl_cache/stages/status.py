@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from infl_cache.disk.ledger import array_bytes
 from infl_cache.disk.run import RunFolder
+from infl_cache.disk.tiles import FOLDER, bytes_of_tiles
 from infl_cache.errors import BadInput
 from infl_cache.progress import human_bytes, human_seconds
 from infl_cache.stages.blocks import some
@@ -98,6 +99,8 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
         details["rounding"] = rounding_line(folder.plan("influence")["rounding"])
     if stage == "stest":
         details.update(_stest_details(folder, bool(records)))
+        if n_bytes := bytes_of_tiles(folder.path / FOLDER):
+            details["Gram matrix"] = f"{human_bytes(n_bytes)} in {FOLDER}, kept for more test samples; may be removed"
     if stage == "influence" and "stest" in folder.manifest.stages:
         details["test samples"] = _tests_line(folder, matrix_tests(folder))
     return StageStatus(

@@ -17,13 +17,15 @@ from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution,
 from infl_cache.maths.solvers.cg import CG
 from infl_cache.maths.solvers.ekfac import ByEKFAC, approximate_inverse
 from infl_cache.maths.solvers.exact import Exact
+from infl_cache.maths.solvers.fisher import Fisher
 from infl_cache.maths.solvers.identity import Identity
 from infl_cache.maths.solvers.lissa import LiSSA
 from infl_cache.maths.solvers.nystrom import nystrom, preconditioner
 from infl_cache.maths.solvers.pcg import PCG
 
 __all__ = [
-    "CG", "PCG", "ByEKFAC", "Exact", "Identity", "LiSSA", "Operator", "Solution", "Solve", "Solver", "make_solver",
+    "CG", "PCG", "ByEKFAC", "Exact", "Fisher", "Identity", "LiSSA", "Operator", "Solution", "Solve", "Solver",
+    "make_solver",
     "solve",
 ]  # fmt: skip
 
@@ -52,6 +54,8 @@ def make_solver(
         return PCG(tolerance, options.max_iterations, _preconditioner(options.preconditioner, memory, fits, sampled))
     if options.solver == "ekfac":
         return ByEKFAC(0.1 if options.tolerance is None else options.tolerance, fits)
+    if options.solver == "fisher":
+        return Fisher(tolerance, memory)
     if options.solver == "exact":
         return Exact(memory)
     if options.solver == "cg":
