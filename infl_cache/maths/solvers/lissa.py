@@ -10,13 +10,14 @@ from scale and damping, the batch by doubling it when the residual no longer fal
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from infl_cache.maths.curvature import Curvature, Spectrum, largest_eigenvalue
-from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution, Solve, norms, relative_residual
+from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution, Solve, State, norms, relative_residual
 
 FIRST_BATCH = 128
 MAX_DOUBLINGS = 12
@@ -58,25 +59,30 @@ class LiSSA:
             smallest = smallest or [min(0.0, self.spectrum.smallest) + operator.shift]
 
         def solved(rhs: Tensor, keeper: Keeper = FORGETFUL) -> Solution:
-            del keeper
             if not known:
                 # A third above the estimate: it comes from below, and single batches curve more than the mean.
                 known.append(1.33 * largest_eigenvalue(operator, rhs.shape[1], rhs[:1]) + 1e-12)
             if not smallest:
                 smallest.append(_smallest_eigenvalue(operator, rhs))
-            return self._averaged(operator, rhs, known[0], smallest[0])
+            return self._averaged(operator, rhs, known[0], smallest[0], keeper)
 
         return solved
 
-    def _averaged(self, operator: Curvature, rhs: Tensor, scale: float, smallest: float) -> Solution:
-        value = torch.zeros_like(rhs)
-        steps = 0
-        for repeat in range(self.repeats):
-            found, taken = self._recursion(
-                operator, rhs, scale, smallest, torch.Generator().manual_seed(self.seed + repeat)
-            )
-            value += found / self.repeats
-            steps += taken
+    def _averaged(self, operator: Curvature, rhs: Tensor, scale: float, smallest: float, keeper: Keeper) -> Solution:
+        value, first, steps = torch.zeros_like(rhs), 0, 0
+        kept = keeper.found()
+        if kept is not None:
+            value, (first, steps) = kept["mean"].to(rhs), kept["repeats"].tolist()
+        for repeat in range(first, self.repeats):
+            outer = {"mean": value.clone(), "repeats": torch.tensor([repeat, steps])}
+
+            def offer(now: Callable[[], State], outer: State = outer) -> None:
+                keeper.offer(lambda: {**outer, **now()})
+
+            walk = _Walk(rhs, scale, self.seed + repeat, kept if repeat == first else None)
+            self._recursion(operator, rhs, smallest, walk, offer)
+            value += walk.best / self.repeats
+            steps += walk.step
         residual = relative_residual(operator, value, rhs)
         converged = self._bound(smallest, residual, value, rhs) <= self.tolerance
         reasons = tuple(
@@ -93,36 +99,38 @@ class LiSSA:
         return "stopped before its error bound met the tolerance"
 
     def _recursion(
-        self, operator: Curvature, rhs: Tensor, scale: float, smallest: float, generator: torch.Generator
-    ) -> tuple[Tensor, int]:
-        """One recursion in rounds of steps, a look at the true residual after each: `s` (K, P) and the steps taken."""
+        self, operator: Curvature, rhs: Tensor, smallest: float, walk: _Walk, offer: Callable[..., None]
+    ) -> None:
+        """One recursion in rounds of steps, a look at the true residual after each."""
         n = operator.n_train
-        batch = min(n, self.sample_batch or FIRST_BATCH)
-        h, step, depth = rhs.clone(), 0, self._depth(smallest, scale)
-        best, best_worst, last, doublings = rhs / scale, float("inf"), float("inf"), 0
-        while step < depth and best_worst > self.tolerance:
+        if not walk.step:
+            walk.batch = min(n, self.sample_batch or FIRST_BATCH)
+            walk.depth = self._depth(smallest, walk.scale)
+        while walk.step < walk.depth and walk.best_worst > self.tolerance:
             # A look costs one pass over the data: every second pass' worth of steps, every 20th of full passes.
-            steps = min(depth - step, 20 if batch == n else -(-2 * n // batch))
+            steps = min(walk.depth - walk.step, 20 if walk.batch == n else -(-2 * n // walk.batch))
             for _ in range(steps):
-                h = h + rhs - _sampled(operator, batch, generator, h) / scale
-            step += steps
-            if self._diverged(operator, h, rhs, scale):
+                walk.h = walk.h + rhs - _sampled(operator, walk.batch, walk.generator, walk.h) / walk.scale
+            walk.step += steps
+            if self._diverged(operator, walk.h, rhs, walk.scale):
                 if self.scale is not None:
                     break
-                scale, h, last, doublings = 2 * scale, rhs.clone(), float("inf"), doublings + 1
-                depth = step + self._depth(smallest, scale) if doublings <= MAX_DOUBLINGS else step
+                walk.scale, walk.h, walk.last = 2 * walk.scale, rhs.clone(), math.inf
+                walk.doublings += 1
+                left = self._depth(smallest, walk.scale) if walk.doublings <= MAX_DOUBLINGS else 0
+                walk.depth = walk.step + left
                 continue
-            worst = self._worst(operator, smallest, h / scale, rhs)
-            if worst < best_worst:
-                best, best_worst = h / scale, worst
-            if worst > 0.9 * last and batch < n:
+            worst = self._worst(operator, smallest, walk.h / walk.scale, rhs)
+            if worst < walk.best_worst:
+                walk.best, walk.best_worst = walk.h / walk.scale, worst
+            if worst > 0.9 * walk.last and walk.batch < n:
                 if self.sample_batch is not None:
                     break  # the noise of the batch size that was asked for: it will not get better
-                batch = min(n, 2 * batch)
-            elif worst > 0.9999 * last:
+                walk.batch = min(n, 2 * walk.batch)
+            elif worst > 0.9999 * walk.last:
                 break  # as stable as rounding lets it be
-            last = worst
-        return best, step
+            walk.last = worst
+            offer(walk.state)
 
     def _diverged(self, operator: Curvature, h: Tensor, rhs: Tensor, scale: float) -> bool:
         """Whether some row is far beyond the largest fixed point that the damping allows."""
@@ -150,6 +158,29 @@ class LiSSA:
         if smallest <= 0:
             return NO_DAMPING_DEPTH if smallest == 0 else HOPELESS_DEPTH
         return 100 + math.ceil(2 * scale / smallest * math.log(10 / min(self.tolerance, 1.0)))
+
+
+class _Walk:
+    """Where one recursion has come to."""
+
+    def __init__(self, rhs: Tensor, scale: float, seed: int, kept: State | None) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.h, self.best, self.scale = rhs.clone(), rhs / scale, scale
+        self.best_worst, self.last = math.inf, math.inf
+        self.step = self.batch = self.depth = self.doublings = 0
+        if kept is not None:
+            self.generator.set_state(kept["generator"].cpu())
+            self.h, self.best = kept["h"].to(rhs), kept["best"].to(rhs)
+            self.scale, self.best_worst, self.last = kept["reals"].tolist()
+            self.step, self.batch, self.depth, self.doublings = kept["counts"].tolist()
+
+    def state(self) -> State:
+        """Everything that goes on from here."""
+        return {
+            "generator": self.generator.get_state(), "h": self.h, "best": self.best,
+            "reals": torch.tensor([self.scale, self.best_worst, self.last], dtype=torch.float64),
+            "counts": torch.tensor([self.step, self.batch, self.depth, self.doublings]),
+        }  # fmt: skip
 
 
 def _smallest_eigenvalue(operator: Curvature, rhs: Tensor) -> float:

@@ -284,3 +284,32 @@ def test_the_scale_is_estimated_once_for_all_blocks(monkeypatch):
 def test_an_operator_whose_batches_cannot_be_sampled_is_refused():
     with pytest.raises(TypeError, match="LiSSA samples the curvature: expected a Curvature, found function"):
         solve(lambda v: v, normal(1, 3), LiSSA())
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_gone_on_with_from_a_state_it_has_the_bits_of_a_calm_recursion(stop):
+    class Keeps:
+        """Keeps the state of one offer, and stops there."""
+
+        def __init__(self, at):
+            self.at, self.offers, self.kept = at, 0, None
+
+        def found(self):
+            return self.kept
+
+        def offer(self, state):
+            self.offers += 1
+            if self.offers == self.at:
+                self.kept = {name: tensor.clone() for name, tensor in state().items()}
+                raise KeyboardInterrupt
+
+    with operator_of(mlp(n_train=300), damping=0.05) as operator:
+        rhs = normal(2, operator.parameters.size, seed=5)
+        solver = LiSSA(repeats=2, tolerance=1e-4)
+        calm = solver.prepare(operator)(rhs)
+        keeper = Keeps(stop)
+        with pytest.raises(KeyboardInterrupt):
+            solver.prepare(operator)(rhs, keeper)
+        resumed = solver.prepare(operator)(rhs, keeper)
+        assert torch.equal(resumed.value, calm.value)
+        assert torch.equal(resumed.iterations, calm.iterations)
