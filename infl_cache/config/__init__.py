@@ -84,7 +84,7 @@ class StestOptions:
     sample_batch: int | None = option(None, "lissa: training samples a step; grows by itself if not given", 1)
     seed: int = option(42, "lissa: seed of the sampling", 0)
     solve_dtype: Literal["auto", "float32", "float64"] = option(
-        "auto", "arithmetic of the curvature products; auto: float64 for exact, else that of the parameters"
+        "auto", "arithmetic of the curvature products; auto: float64 for exact and fisher, else that of the parameters"
     )
 
 

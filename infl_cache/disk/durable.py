@@ -53,13 +53,13 @@ def crc32c_of_file(path: Path, piece: int = 1 << 22) -> int:
     return crc
 
 
-def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli) of `data`.
+def crc32c(data: bytes, before: int = 0) -> int:
+    """CRC-32C (Castagnoli) of `data`, after what had the checksum `before`.
 
     >>> hex(crc32c(b"123456789"))
     '0xe3069283'
     """
-    return int(google_crc32c.value(data))
+    return int(google_crc32c.extend(before, data))
 
 
 def remove(targets: Iterable[Path]) -> None:

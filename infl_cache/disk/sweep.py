@@ -6,18 +6,20 @@ import os
 from pathlib import Path
 
 from infl_cache.disk.durable import remove
+from infl_cache.disk.tiles import FOLDER as TILES
 from infl_cache.errors import BadInput
 
 # What each stage leaves in the run folder.
 OUTPUTS = {
     "grads": ("grad_z.zarr",),
-    "stest": ("s_test.zarr", "s_test.state", "s_test.fit"),
+    "stest": ("s_test.zarr", "s_test.state", "s_test.fit", TILES),
     "influence": ("influence.npy", "influence.partial.npy"),
     "rankings": ("rankings.npz",),
 }
 # Figures and pictures of a finished run, and the retrainings that they are made of: no claim of the ledger's.
 VALIDATION = "validate"
-STORES = tuple(outputs[0] for outputs in OUTPUTS.values() if outputs[0].endswith(".zarr"))
+# Folders in which a killed writer's temporary files may lie.
+FOLDERS = (*(name for names in OUTPUTS.values() for name in names if name.endswith((".zarr", TILES))), VALIDATION)
 
 
 def refuse_other_folders(folder: Path) -> None:
@@ -31,7 +33,7 @@ def refuse_other_folders(folder: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Temporary files of a writer that was killed; to be called under the lock, so that none of them is in use."""
-    for place in (folder, *(folder / name for name in (*STORES, VALIDATION))):
+    for place in (folder, *(folder / name for name in FOLDERS)):
         for here, inner, names in os.walk(place):
             if place == folder:
                 inner.clear()

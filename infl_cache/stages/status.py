@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from infl_cache.disk.ledger import array_bytes
 from infl_cache.disk.run import RunFolder
+from infl_cache.disk.tiles import FOLDER, bytes_of_tiles
 from infl_cache.errors import BadInput
 from infl_cache.progress import human_bytes, human_seconds
 from infl_cache.stages.blocks import some
@@ -97,6 +99,8 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
         details["rounding"] = rounding_line(folder.plan("influence")["rounding"])
     if stage == "stest":
         details.update(_stest_details(folder, bool(records)))
+        if n_bytes := bytes_of_tiles(folder.path / FOLDER):
+            details["Gram matrix"] = f"{human_bytes(n_bytes)} in {FOLDER}, kept for more test samples; may be removed"
     if stage == "influence" and "stest" in folder.manifest.stages:
         details["test samples"] = _tests_line(folder, matrix_tests(folder))
     return StageStatus(
@@ -128,15 +132,29 @@ def _grads_details(folder: RunFolder, n_bytes: int, rows_done: int) -> dict[str,
 
 def _stest_details(folder: RunFolder, begun: bool) -> dict[str, Any]:
     identity = folder.manifest.stages["stest"]["identity"]
-    details = {
-        "system": f"{identity['curvature']} + {identity['damping']} I by {identity['solver']}",
-        "test samples": _tests_line(folder, held_tests(folder)),
-    }
+    details = {"system": _system_line(identity, folder.plan("stest"))}
+    if "spectrum" in folder.plan("stest"):
+        found = folder.plan("stest")["spectrum"]
+        details["spectrum"] = (
+            f"eigenvalues from about {found['smallest']:.1e} to {found['largest']:.1e}, mean {found['mean']:.1e}"
+            f" ({found['steps']} Lanczos steps, {found['samples']:,} training samples)"
+        )
+    details["test samples"] = _tests_line(folder, held_tests(folder))
     if (measure := folder.plan("stest").get("measure", "loss")) != "loss":
         details["measure"] = str(measure)
     if line := kept_line(folder):
         details["iteration"] = line
     return {**details, **_certificates(folder)} if begun else details
+
+
+def _system_line(identity: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    """The system that is solved, with what `auto` was resolved to."""
+    if identity["solver"] == "identity":
+        return "none: plain products of gradients"
+    damping = plan.get("damping", identity["damping"])
+    chosen = " (chosen)" if identity["damping"] == "auto" else ""
+    kind = plan.get("curvature", identity["curvature"])
+    return f"{kind} + {damping if isinstance(damping, str) else f'{damping:.3g}'} I{chosen} by {identity['solver']}"
 
 
 def _tests_line(folder: RunFolder, tests: NDArray[np.int64]) -> str:

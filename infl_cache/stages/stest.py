@@ -26,6 +26,7 @@ from infl_cache.maths.solvers.exact import COLUMNS
 from infl_cache.maths.task import losses_of
 from infl_cache.progress import Bar, progress
 from infl_cache.stages.blocks import some
+from infl_cache.stages.fisher import check_damping, known_damping, needs_spectrum, with_tiles
 from infl_cache.stages.fits import KeptFit
 from infl_cache.stages.grads import CHECKED_SAMPLES, rows_at_once
 from infl_cache.stages.keeping import Keeping
@@ -63,6 +64,8 @@ def stest(run: Opened, force: Force = False) -> StageResult:
         "left_out": left_out(run),
         "stored_dtype": stored_dtype(run.parameters, run.task),
     }
+    if curvature_kind(run.options.stest) == "fisher":  # made of the stored gradients, and of another store another one
+        identity["grads"] = run.folder.fingerprint("grads")
     asked = asked_tests(run.options.selection, run.task, run.options.resources.progress)
     if run.folder.claim("stest", run.task_identity, identity, force) is None:
         _begin(run, identity, asked or list(range(len(run.task.test))))
@@ -110,6 +113,7 @@ def _begin(run: Opened, identity: dict[str, Any], tests: Sequence[int]) -> None:
         losses_of(task, probe_batch(task, [tests[0]], run.device, "test"), measure=True)
     curvature_kind(run.options.stest)
     make_solver(run.options.stest, run.budget).check(size)
+    check_damping(run)
     itemsize = 8 if solve_dtype(run) == torch.float64 else 4
     asked = run.options.resources.test_block_rows
     fitting = run.budget // 3 // (size * itemsize * VECTORS_A_SIDE)
@@ -174,11 +178,11 @@ def _prepared(run: Opened, forms: Forms, sides: int, products: _Products) -> Sol
     """The solver of the run's system, after a look at its spectrum."""
     if run.options.stest.solver == "identity":
         return Identity().prepare(lambda v: v)
-    spectrum = known_spectrum(run, forms, products.note)
-    damping = chosen_damping(run, spectrum)
-    for text in advice(run, spectrum, damping):
+    spectrum = known_spectrum(run, forms, products.note) if needs_spectrum(run) else None
+    damping = known_damping(run) if spectrum is None else chosen_damping(run, spectrum)
+    for text in [] if spectrum is None else advice(run, spectrum, damping):
         products.note(text)
-    run.folder.remember("stest", damping=damping)
+    run.folder.remember("stest", damping=damping, curvature=curvature_kind(run.options.stest))
     rows = curvature_samples(run)
     operator = damped_curvature(run, forms, sides, damping, rows, tick=products.tick, note=products.note)
 
@@ -186,7 +190,8 @@ def _prepared(run: Opened, forms: Forms, sides: int, products: _Products) -> Sol
         few = curvature_samples(run, PRECONDITIONER_SAMPLES)
         return damped_curvature(run, forms, sides, damping, few, tick=products.tick, note=products.note)
 
-    return make_solver(run.options.stest, run.budget, spectrum, KeptFit(run), sampled).prepare(operator)
+    solver = make_solver(run.options.stest, run.budget, spectrum, KeptFit(run), sampled)
+    return with_tiles(run, solver, rows, operator.shift).prepare(operator)
 
 
 class _Products:

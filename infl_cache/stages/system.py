@@ -49,7 +49,7 @@ def solve_dtype(run: Opened) -> torch.dtype:
     """The arithmetic of the solver."""
     asked: str = run.options.stest.solve_dtype
     if asked == "auto":
-        asked = "float64" if run.options.stest.solver == "exact" else stored_dtype(run.parameters, run.task)
+        asked = "float64" if run.options.stest.solver in ("exact", "fisher") else stored_dtype(run.parameters, run.task)
     return torch.float64 if asked == "float64" else torch.float32
 
 

@@ -70,6 +70,14 @@ class Cut:
             {name: pieces[name].contiguous() for name in names},
         )
 
+    @classmethod
+    def zeros(cls, forms: Forms, like: Tensor) -> Cut:
+        """The parts of zeros of the shape of `like` (K, n_params)."""
+        names = {name for layer in forms.factored for name in layer.names}
+        shapes = {name: forms.parameters.shape_of(name) for name in names}
+        values = {name: like.new_zeros(len(like), *shape) for name, shape in shapes.items()}
+        return cls(like.new_zeros(len(like), forms.n_dense), values)
+
     def joined(self, forms: Forms) -> Tensor:
         """The inverse of `of`: (K, n_params)."""
         sizes = dict(zip(forms.parameters.names, forms.parameters.sizes, strict=True))
@@ -158,7 +166,7 @@ def add_transposed(forms: Forms, jacobian: Jacobian, coefficients: Tensor, total
 
 def product(forms: Forms, jacobians: Iterable[Jacobian], vectors: Tensor) -> Tensor:
     """`sum_i J_i^T H_i J_i v` for each row v of `vectors` (K, n_params)."""
-    cut, total = Cut.of(forms, vectors), Cut.of(forms, torch.zeros_like(vectors))
+    cut, total = Cut.of(forms, vectors), Cut.zeros(forms, vectors)
     for jacobian in jacobians:
         coefficients = times(forms, jacobian, cut)
         if jacobian.hessian is not None:

@@ -17,19 +17,23 @@ from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution,
 from infl_cache.maths.solvers.cg import CG
 from infl_cache.maths.solvers.ekfac import ByEKFAC, approximate_inverse
 from infl_cache.maths.solvers.exact import Exact
+from infl_cache.maths.solvers.fisher import Fisher
 from infl_cache.maths.solvers.identity import Identity
 from infl_cache.maths.solvers.lissa import LiSSA
 from infl_cache.maths.solvers.nystrom import nystrom, preconditioner
 from infl_cache.maths.solvers.pcg import PCG
 
 __all__ = [
-    "CG", "PCG", "ByEKFAC", "Exact", "Identity", "LiSSA", "Operator", "Solution", "Solve", "Solver", "make_solver",
+    "CG", "PCG", "ByEKFAC", "Exact", "Fisher", "Identity", "LiSSA", "Operator", "Solution", "Solve", "Solver",
+    "make_solver",
     "solve",
 ]  # fmt: skip
 
 
 # Leading eigenvectors of the preconditioner; each costs a vector of n_params.
-LARGEST_RANK = 192
+LARGEST_RANK = 320
+# What a preconditioner may cost in vectors multiplied with the whole curvature, each of its two passes.
+PRODUCTS_WORTH = 32
 
 
 def make_solver(
@@ -50,6 +54,8 @@ def make_solver(
         return PCG(tolerance, options.max_iterations, _preconditioner(options.preconditioner, memory, fits, sampled))
     if options.solver == "ekfac":
         return ByEKFAC(0.1 if options.tolerance is None else options.tolerance, fits)
+    if options.solver == "fisher":
+        return Fisher(tolerance, memory)
     if options.solver == "exact":
         return Exact(memory)
     if options.solver == "cg":
@@ -75,11 +81,14 @@ def _preconditioner(
         return None
 
     def by_nystrom(operator: Operator) -> Callable[[Tensor], Tensor]:
+        if not isinstance(operator, Curvature):
+            raise TypeError(f"expected a Curvature, found {type(operator).__name__}")
         small = sampled()
         kept = fits.found()
         if kept is None:
             row = small.parameters.size * small.dtype.itemsize
-            rank = LARGEST_RANK if memory is None else min(LARGEST_RANK, memory // 8 // row)
+            rank = min(LARGEST_RANK, PRODUCTS_WORTH * operator.n_train // small.n_train)
+            rank = rank if memory is None else min(rank, memory // 8 // row)
             leading, values = nystrom(small, rank)
             kept = {"leading": leading, "values": values}
             fits.offer(lambda: {"leading": leading, "values": values})

@@ -83,10 +83,10 @@ class EmbeddingBag(Rule):
         return {"rows": int(rows), "padding_idx": module.padding_idx, "mean": module.mode == "mean"}
 
     def weight_gradient(self, settings: Settings, inputs: Tensor, output_grad: Tensor) -> Tensor:
-        return Embedding().weight_gradient(settings, inputs.flatten(1), self._each(settings, inputs, output_grad))
+        return Embedding().weight_gradient(settings, inputs.flatten(1), self.by_index(settings, inputs, output_grad))
 
     def products(self, settings: Settings, weights: Tensor, inputs: Tensor, output_grad: Tensor) -> Tensor:
-        return Embedding().products(settings, weights, inputs.flatten(1), self._each(settings, inputs, output_grad))
+        return Embedding().products(settings, weights, inputs.flatten(1), self.by_index(settings, inputs, output_grad))
 
     def seen(self, settings: Settings, weights: Tensor, inputs: Tensor) -> Tensor:
         counted = self._counted(settings, inputs, weights)
@@ -108,7 +108,7 @@ class EmbeddingBag(Rule):
         looked_up = inputs[0] * inputs[1] * output_grad[1]
         return 2 * size + looked_up, looked_up
 
-    def _each(self, settings: Settings, inputs: Tensor, output_grad: Tensor) -> Tensor:
+    def by_index(self, settings: Settings, inputs: Tensor, output_grad: Tensor) -> Tensor:
         """The gradient of each looked-up row, (B, n * length, width)."""
         return (self._counted(settings, inputs, output_grad).unsqueeze(-1) * output_grad.unsqueeze(2)).flatten(1, 2)
 
