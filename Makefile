@@ -57,6 +57,7 @@ check: $(STAMP) ## ruff and mypy
 bench: $(STAMP) ## the benchmarks, beside plain PyTorch and other libraries: ARGS='--workloads W1,W3'
 	$(BIN)/python scripts/bench_grads.py --json bench.jsonl $(ARGS)
 	$(BIN)/python scripts/bench_store.py --json bench_store.jsonl
+	$(BIN)/python scripts/bench_stest.py --parts products,fisher --json bench_stest.jsonl
 
 clean: ## remove the environment and the demo's run, never another RUN
 	rm -rf $(VENV) *.egg-info runs/digits
