@@ -35,6 +35,8 @@ def known_spectrum(run: Opened, forms: Forms, note: Callable[[str], None]) -> Sp
                 "curvature: expected finite products, found NaN or Inf; look at the training samples' losses, or"
                 " leave samples without a finite gradient out by --nonfinite skip"
             )
+        if operator.kind != "hessian":  # a sum of squares; what the estimate finds below zero is its own margin
+            found = dataclasses.replace(found, smallest=max(0.0, found.smallest))
         run.folder.remember("stest", spectrum={**dataclasses.asdict(found), "samples": len(rows)})
     kept = run.folder.plan("stest")["spectrum"]
     return Spectrum(**{field.name: kept[field.name] for field in dataclasses.fields(Spectrum)})
@@ -55,9 +57,7 @@ def auto_damping(spectrum: Spectrum, weight_decay: float) -> float:
     0.002
     """
     least = AUTO_FRACTION * max(spectrum.largest, -spectrum.smallest, 1e-12)
-    if spectrum.smallest + weight_decay < -least:
-        return -AUTO_MARGIN * (spectrum.smallest + weight_decay)
-    return least
+    return max(least, -AUTO_MARGIN * (spectrum.smallest + weight_decay))
 
 
 def advice(run: Opened, spectrum: Spectrum, damping: float) -> list[str]:

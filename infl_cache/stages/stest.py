@@ -58,14 +58,7 @@ def stest(run: Opened, force: Force = False) -> StageResult:
     Raises `IncompleteStore` at the end if some rows are not finite; the others are done by then.
     """
     started = time.perf_counter()
-    identity = {
-        **options_identity(run.options.stest),
-        **test_identity(run.task),
-        "left_out": left_out(run),
-        "stored_dtype": stored_dtype(run.parameters, run.task),
-    }
-    if curvature_kind(run.options.stest) == "fisher":  # made of the stored gradients, and of another store another one
-        identity["grads"] = run.folder.fingerprint("grads")
+    identity = _identity(run)
     asked = asked_tests(run.options.selection, run.task, run.options.resources.progress)
     if run.folder.claim("stest", run.task_identity, identity, force) is None:
         _begin(run, identity, asked or list(range(len(run.task.test))))
@@ -87,6 +80,22 @@ def stest(run: Opened, force: Force = False) -> StageResult:
             " or go on without them by --nonfinite skip"
         )
     return summary(run, "stest", count, sum(block.rows for block in todo), started, notes)
+
+
+def _identity(run: Opened) -> dict[str, Any]:
+    """What the rows of `s_test` depend on besides the task."""
+    identity = {
+        **options_identity(run.options.stest),
+        **test_identity(run.task),
+        "left_out": left_out(run),
+        "stored_dtype": stored_dtype(run.parameters, run.task),
+    }
+    kept = run.folder.manifest.stages.get("stest", {}).get("identity", {})
+    if run.options.stest.solver != "pcg" and "preconditioner" not in kept:
+        del identity["preconditioner"]  # it decides nothing here, and older runs know of none
+    if curvature_kind(run.options.stest) == "fisher":  # made of the stored gradients, and of another store another one
+        identity["grads"] = run.folder.fingerprint("grads")
+    return identity
 
 
 def _go_on_with(run: Opened, asked: Sequence[int]) -> None:

@@ -3,8 +3,10 @@
 import pytest
 
 from infl_cache import Run
+from infl_cache.disk.manifest import fingerprint
 from infl_cache.disk.run import RunFolder
-from infl_cache.errors import DamagedStore
+from infl_cache.errors import DamagedStore, ForeignRun
+from infl_cache.stages import stest as stage
 from tests import tasks
 
 QUIET = {"progress": False, "damping": 0.1}
@@ -50,3 +52,52 @@ def test_an_older_run_is_started_over_with_force(tmp_path):
     aged(run.path)
     Run(run.path, tasks.mlp(), **QUIET).all(force=True)
     assert RunFolder(run.path).store("grads", "r+")
+
+
+def before_the_choice_of_curvature(path):
+    """Take out of a run what stage 2 knew nothing of before there was a choice of preconditioners and subsamples."""
+    folder = RunFolder(path)
+    with folder.writing():
+        entry = folder.manifest.stages["stest"]
+        for part in (entry["identity"], entry["options"]):
+            part.pop("preconditioner", None), part.pop("curvature_samples")
+            part["curvature"] = "ggn"
+        entry["plan"].pop("spectrum"), entry["plan"].pop("damping")
+        entry["fingerprint"] = fingerprint({"task": folder.manifest.task, "stage": entry["identity"]})
+        folder._write_manifest()
+        lines = (path / "run.yaml").read_text().splitlines()
+        new = ("preconditioner:", "curvature_samples:", "curvature:")
+        kept = [line for line in lines if not line.startswith(new)]
+        (path / "run.yaml").write_text("\n".join([*kept, "curvature: ggn", ""]))
+
+
+@pytest.mark.parametrize("solver", ["cg", "lissa", "exact"])
+def test_an_older_stage_2_is_carried_on_where_it_stopped(solver, tmp_path, monkeypatch):
+    original, calls = stage._right_hand_sides, []
+
+    def failing(run, forms, block):
+        calls.append(block.index)
+        if len(calls) == 3:
+            raise RuntimeError("the lights went out")
+        return original(run, forms, block)
+
+    monkeypatch.setattr(stage, "_right_hand_sides", failing)
+    run = Run(tmp_path / "run", tasks.mlp(), solver=solver, test_block_rows=1, **QUIET)
+    run.grads()
+    with pytest.raises(RuntimeError, match="lights"):
+        run.stest()
+    before_the_choice_of_curvature(run.path)
+    assert Run(run.path, tasks.mlp(), progress=False).stest().computed == 2
+    assert [result.computed for result in Run(run.path, tasks.mlp(), progress=False).all()] == [0, 0, 4]
+    assert Run(run.path, tasks.mlp(), progress=False).stest().computed == 0
+    assert calls == [0, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("options", [{"curvature_samples": 5}, {"solver": "pcg"}, {"curvature": "hessian"}], ids=str)
+def test_an_older_stage_2_is_not_carried_on_with_what_it_did_not_know(options, tmp_path):
+    run = Run(tmp_path / "run", tasks.mlp(), **QUIET)
+    run.stest()
+    before_the_choice_of_curvature(run.path)
+    with pytest.raises(ForeignRun, match=rf"{next(iter(options))}: expected .*, found .*--force"):
+        Run(run.path, tasks.mlp(), progress=False, **options).stest()
+    assert Run(run.path, tasks.mlp(), progress=False, **options).stest(force=True).computed == 4

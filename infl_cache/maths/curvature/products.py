@@ -211,7 +211,9 @@ def loss_hessian(task: Task, outputs: Tensor, data: Any, size: int) -> Tensor:
             raise
         with blaming("second derivative of the loss"), torch.enable_grad():
             at = flat.clone().requires_grad_(True)
-            (first,) = torch.autograd.grad(total(at), at, create_graph=True)
+            # What does not depend on the outputs, or only linearly, is attached to them by a zero.
+            (first,) = torch.autograd.grad(total(at) + 0 * at.sum(), at, create_graph=True)
+            first = first if first.requires_grad else first + 0 * at
             parts = [torch.autograd.grad(first, at, each, retain_graph=True, allow_unused=True)[0] for each in basis]
             columns = torch.stack([torch.zeros_like(flat) if part is None else part for part in parts])
     return columns.transpose(0, 1).contiguous()

@@ -38,8 +38,8 @@ class Spectrum:
 def spectrum_of(operator: Callable[[Tensor], Tensor], size: int, like: Tensor, steps: int = 24) -> Spectrum:
     r"""Estimates by `steps` products with one vector (Lanczos 1950; Golub & Meurant 2010, Matrices, Moments).
 
-    From a random sign vector q of length 1 the three-term recurrence gives a tridiagonal matrix T whose extreme
-    eigenvalues converge to those of the operator, from inside; each is moved outwards by the norm of its residual
+    From a random vector q of length 1 the three-term recurrence gives a tridiagonal matrix T whose extreme
+    eigenvalues converge to those of the operator, from inside; both are moved outwards by the norm of their residuals
     :math:`|\beta_m s_m|`, within which an eigenvalue surely lies. :math:`q^T C q` is an unbiased estimate of the mean
     eigenvalue (Hutchinson 1990). Nothing is orthogonalised again: that makes copies of the ends, but does not move
     them.
@@ -50,8 +50,9 @@ def spectrum_of(operator: Callable[[Tensor], Tensor], size: int, like: Tensor, s
     (4.0, -1.0)
     """
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(2, (1, size), generator=generator, dtype=torch.float64) * 2 - 1
-    vector, before = (signs / math.sqrt(size)).to(like), torch.zeros(1, size).to(like)
+    # Not of signs: those are eigenvectors of matrices as plain as [[0, 1], [1, 0]], whose other end they hide.
+    start = torch.randn(1, size, generator=generator, dtype=torch.float64)
+    vector, before = (start / start.norm()).to(like), torch.zeros(1, size).to(like)
     diagonal: list[float] = []
     beside: list[float] = []
     for _ in range(min(steps, size)):
@@ -68,4 +69,4 @@ def spectrum_of(operator: Callable[[Tensor], Tensor], size: int, like: Tensor, s
     tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(inner, 1) + torch.diag(inner, -1)
     values, within = torch.linalg.eigh(tridiagonal)
     off = beside[-1] * within[-1].abs()
-    return Spectrum(float((values + off).max()), float((values - off).min()), diagonal[0], len(diagonal))
+    return Spectrum(float(values[-1] + off[-1]), float(values[0] - off[0]), diagonal[0], len(diagonal))

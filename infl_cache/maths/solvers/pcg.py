@@ -69,10 +69,9 @@ class PCG:
         found = keeper.found()
         if found is not None:
             block.resume(found)
-        true = torch.ones(len(rows), dtype=torch.float64, device=rhs.device)
         while len(rows):
             block.run(operator, self.max_iterations, keeper)
-            before, true = true, block.restart(operator)
+            before, true = block.true, block.restart(operator)
             astray = (true > self.tolerance) & (true < 0.5 * before)
             if not bool(astray.any()) or block.steps >= self.max_iterations or block.restarts > RESTARTS:
                 break
@@ -80,7 +79,7 @@ class PCG:
         value[rows] = block.value
         value[broken] = torch.nan
         residual = torch.where(broken, torch.nan, 0.0).to(torch.float64)
-        residual[rows] = true
+        residual[rows] = block.true
         converged = residual <= self.tolerance
         iterations = torch.zeros(len(rhs), dtype=torch.int64)
         iterations[rows.cpu()] = block.taken
@@ -92,12 +91,13 @@ class PCG:
 
 
 class _Block:
-    """The state of one block of rows: solution, residual, directions."""
+    """The state of one block of rows: solution, residual, directions; `true` residuals as of the last restart."""
 
     def __init__(self, rhs: Tensor, tolerance: float, precondition: Apply) -> None:
         self._rhs, self._limit, self._precondition = rhs, tolerance * norms(rhs), precondition
         self.value, self._residual = torch.zeros_like(rhs), rhs.clone()
-        self._directions = rhs.new_zeros(0, rhs.shape[1])
+        self._directions: Tensor | None = None  # none yet since the last restart
+        self.true = torch.ones(len(rhs), dtype=torch.float64, device=rhs.device)
         self.taken = torch.zeros(len(rhs), dtype=torch.int64)
         self._searched: list[tuple[Tensor, Tensor, Tensor]] = []
         self.steps = self.restarts = 0
@@ -105,9 +105,10 @@ class _Block:
 
     def state(self) -> State:
         """Everything that goes on from here."""
+        assert self._directions is not None
         parts = {
             "value": self.value, "residual": self._residual, "directions": self._directions, "taken": self.taken,
-            "counts": torch.tensor([self.steps, self.restarts, len(self._searched)]),
+            "true": self.true, "counts": torch.tensor([self.steps, self.restarts, len(self._searched)]),
         }  # fmt: skip
         for number, (before, image, lower) in enumerate(self._searched):
             parts |= {f"before{number}": before, f"image{number}": image, f"lower{number}": lower}
@@ -118,6 +119,7 @@ class _Block:
         self.value, self._residual, self._directions = (
             kept[name].to(self._rhs) for name in ("value", "residual", "directions")
         )
+        self.true = kept["true"].to(self.true)
         self.taken, (self.steps, self.restarts, searched) = kept["taken"], kept["counts"].tolist()
         self._searched = [
             (kept[f"before{number}"].to(self._rhs), kept[f"image{number}"].to(self._rhs),
@@ -127,7 +129,7 @@ class _Block:
 
     def run(self, operator: Operator, most: int, keeper: Keeper) -> None:
         """Iterate until every row's recursive residual is within its limit, or nothing is left to be had."""
-        if not len(self._directions):
+        if self._directions is None:
             self._directions = orthonormal(self._precondition(self._residual[self._going()]))
         while self.steps < most and len(self._directions) and len(self._going()):
             directions = self._directions
@@ -154,8 +156,9 @@ class _Block:
         """Replace the recursive residual by the true one; its relative norms, float64."""
         self.restarts += 1
         self._residual = self._rhs - operator(self.value)
-        self._directions, self._searched = self._directions[:0], []
-        return norms(self._residual) / norms(self._rhs)
+        self._directions, self._searched = None, []
+        self.true = norms(self._residual) / norms(self._rhs)
+        return self.true
 
     def _going(self) -> Tensor:
         return torch.nonzero(norms(self._residual) > self._limit).flatten()
