@@ -180,7 +180,7 @@ def test_going_on_from_any_iteration_gives_the_same_bits(kind, case):
     rhs, options = normal(count, 25, dtype=dtype), kind(tolerance)
     kept = Kept()
     calm = options.prepare(of(matrix))(rhs, kept)
-    assert len(kept.states) >= 10
+    assert len(kept.states) >= 8
     for state in [*kept.states[::11], *kept.states[-3:]]:
         again = options.prepare(of(matrix))(rhs, Kept(state))
         assert torch.equal(again.value, calm.value)
