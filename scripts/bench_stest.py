@@ -37,7 +37,7 @@ PARTS = ("products", "solvers", "fisher", "peers")
 PRODUCT_SAMPLES = {"W1": 2000, "W2": 512, "W3": 128}
 STAGE_SAMPLES = {"W1": 2000, "W2": 1000, "W3": 256}
 QUICK_SAMPLES, QUICK_TESTS, QUICK_FIT = {"W1": 48, "W2": 16, "W3": 8}, 3, 32
-SIZES = {"W1": (64, 128, 256), "W2": (32, 64, 128), "W3": (8, 16, 32)}
+SIZES = {"W1": (64, 128, 256, 512, 1024), "W2": (32, 64, 128, 256), "W3": (8, 16, 32, 64)}
 YARDSTICK = "loop"
 HESSIAN_PRODUCTS, FISHER_TESTS = 50, 20
 PEER_TESTS = 8
@@ -78,7 +78,7 @@ def some_vectors(workload: Workload, count: int) -> Tensor:
 
 
 def best_size(way: Way, scale: Scale) -> int:
-    """The batch size at which a way is fastest over so many samples as the largest batch has."""
+    """The batch size at which a way is fastest, over as many samples as the largest has, until one is much slower."""
     sizes = [size for size in SIZES[scale.workload.name] if size <= scale.samples] or [scale.samples]
     if len(sizes) == 1:
         return sizes[0]
@@ -86,7 +86,11 @@ def best_size(way: Way, scale: Scale) -> int:
     for size in sizes:
         products = way.products(scale.workload, sizes[-1], size)
         products(vectors[:1])
-        seconds[size] = min(timed(products, vectors) for _ in range(2))
+        seconds[size] = timed(products, vectors)
+        if seconds[size] < scale.seconds / 4:
+            seconds[size] = min(seconds[size], timed(products, vectors))
+        if seconds[size] > 1.3 * min(seconds.values()):
+            break
     return min(seconds, key=seconds.__getitem__)
 
 
@@ -108,9 +112,10 @@ def contestant(way: Way, scale: Scale, expected: Tensor | None) -> Contestant:
     vectors = some_vectors(scale.workload, way.together)
     found = products(vectors[:1])
     error = None if expected is None or way.kind != "ggn" else float((found - expected).norm() / expected.norm())
-    passed = min(timed(products, vectors) for _ in range(2))
-    times = max(1, min(TESTS, round(scale.seconds / passed))) if way.together == 1 else 1
-    return Contestant(way, size, times * way.together, products, error)
+    count = way.together
+    if count == 1:
+        count = max(1, min(TESTS, round(scale.seconds / timed(products, vectors))))
+    return Contestant(way, size, count, products, error)
 
 
 def bench_products(scale: Scale, settings: argparse.Namespace) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def test_without_a_training_set_both_ends_of_the_test_set_are_taken(pictures, tm
     assert np.allclose((first.numpy()[0] + 1) * 127.5, images[0], atol=1e-3)
     assert np.allclose((last.numpy()[0] + 1) * 127.5, images[29], atol=1e-3)
     assert (int(label), int(other)) == (labels[0], labels[29])
-    with pytest.raises(pictures.NoPictures, match="no cifar10_jpeg.npz or cifar-10-batches-py"):
+    with pytest.raises(pictures.NoPictures, match=r"no cifar10_jpeg\.npz or cifar-10-batches-py"):
         pictures.pictures("CIFAR-10", tmp_path, 20, 5)
 
 
