@@ -41,7 +41,9 @@ def found_for(task, dtype=torch.float64, notes=None):
     """What `output_rows` says, asked as a stage asks it."""
     forms, _ = decided(task, "dense")
     with operator_of(task):
-        return output_rows(task, forms, probe_batch(task, range(4), CPU), dtype, [].append if notes is None else notes.append)
+        return output_rows(
+            task, forms, probe_batch(task, range(4), CPU), dtype, [].append if notes is None else notes.append
+        )
 
 
 def by_rows(task, vectors, size=64, dtype=torch.float64):
@@ -212,9 +214,9 @@ def test_a_loss_without_a_second_derivative_is_blamed():
             raise RuntimeError("not twice")
 
     task = regression(loss=lambda outputs, targets: Once.apply(outputs).sum(1))
+    batch = probe_batch(task, range(3), CPU)
     with operator_of(task), pytest.raises(BadInput, match="not twice"):
-        batch = probe_batch(task, range(3), CPU)
-        loss_hessian(task, task.forward(task.model, batch.data), batch.data, 3)
+        loss_hessian(task, batch.data[2], batch.data, 3)
 
 
 def test_the_rows_of_a_batch_are_the_gradients_of_its_outputs():
@@ -229,5 +231,7 @@ def test_the_rows_of_a_batch_are_the_gradients_of_its_outputs():
             for index in range(3):
                 outputs = task.model.requires_grad_(True)(batch.data[0])[index]
                 for c, each in enumerate(outputs):
-                    expected = torch.cat([g.flatten() for g in torch.autograd.grad(each, parameters, retain_graph=True)])
+                    expected = torch.cat(
+                        [g.flatten() for g in torch.autograd.grad(each, parameters, retain_graph=True)]
+                    )
                     torch.testing.assert_close(rows.dense[index, c], expected, rtol=1e-12, atol=1e-14)

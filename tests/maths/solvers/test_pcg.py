@@ -55,7 +55,9 @@ def rows_to_fit(task, forms, dtype):
 
 
 WITH_ROWS = sorted(set(TASKS) - {"reused", "dicts", "branching"})
-CASES = [(name, made) for name in TASKS for made in ("none", "nystrom", "ekfac") if made != "ekfac" or name in WITH_ROWS]
+CASES = [
+    (name, made) for name in TASKS for made in ("none", "nystrom", "ekfac") if made != "ekfac" or name in WITH_ROWS
+]
 
 
 @pytest.mark.parametrize(("kind", "damping"), [("ggn", 0.05), ("hessian", 5.0)])
@@ -136,8 +138,10 @@ def test_an_operator_that_solves_nothing_raises_nothing(solver, factor):
     assert all(found.reasons)
 
 
-def test_a_preconditioner_that_is_not_finite_raises_nothing():
-    found = solve(of(symmetric(SPREAD)), normal(2, 25), PCG(fit=lambda _: lambda rows: rows / 0))
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_a_preconditioner_that_is_not_finite_raises_nothing(count, factor):
+    found = solve(of(symmetric(SPREAD)), normal(count, 25), PCG(fit=lambda _: lambda rows: rows * factor))
     assert not found.converged.any()
     assert all(found.reasons)
 
