@@ -53,8 +53,17 @@ class EKFAC:
     diagonals: Mapping[str, Tensor]
 
     def solve(self, rows: Tensor, shift: float) -> Tensor:
-        """`(C + shift I)^-1 v` for rows v (K, n_params), C being the approximation."""
-        return self._apply(rows, lambda values: (values + shift).reciprocal())
+        """`(C + shift I)^-1 v` for rows v (K, n_params), C being the approximation.
+
+        What is zero but for rounding is raised to rounding: without damping, too, nothing is divided by zero.
+        """
+
+        def inverse(values: Tensor) -> Tensor:
+            limits = torch.finfo(values.dtype)
+            least = max(limits.tiny, limits.eps * float(values.max()))
+            return (values + shift).clamp_min(least).reciprocal()
+
+        return self._apply(rows, inverse)
 
     def times(self, rows: Tensor) -> Tensor:
         """`C v` for rows v (K, n_params)."""
@@ -108,7 +117,8 @@ def fit(rows: Rows, n: int) -> EKFAC:
         for name, squares in _squares(forms, pseudo(jacobian), bases, sides):
             values[name] = values[name].add_(squares) if name in values else squares.double()
     like = next(iter(values.values())).new_zeros(0, dtype=_dtype(rows))
-    blocks = {name: Kronecker(left.to(like), right.to(like), (values[name] / n).to(like))
+    # Laid out as they are read back from a disk: products then have the same bits.
+    blocks = {name: Kronecker(*(each.to(like).contiguous() for each in (left, right, values[name] / n)))
               for name, (left, right) in bases.items()}  # fmt: skip
     diagonals = {name: (each / n).to(like) for name, each in values.items() if name not in blocks}
     return EKFAC(forms.parameters, blocks, diagonals)

@@ -91,6 +91,16 @@ def test_solving_is_the_inverse_of_multiplying(name, shift):
     assert relative_error(found.times(solved) + shift * solved, vectors) < 1e-9
 
 
+def test_a_singular_approximation_is_inverted_where_it_is_not():
+    found = fitted(TASKS["tokens"]())
+    padding = found.diagonals["embed.weight"][0]
+    assert not padding.any()
+    rows = found.times(normal(3, found.parameters.size))
+    solved = found.solve(rows, 0.0)
+    assert solved.isfinite().all()
+    assert relative_error(found.times(solved), rows) < 1e-6
+
+
 @pytest.mark.parametrize("name", TAKEN)
 def test_its_state_goes_round(name):
     found, vectors = of_task(name), normal(2, of_task(name).parameters.size)

@@ -55,7 +55,7 @@ class LiSSA:
         smallest: list[float] = [operator.shift] if operator.kind != "hessian" else []
         if self.spectrum is not None:
             # A third above the estimate: single batches curve more than the mean.
-            known = known or [1.33 * (self.spectrum.largest + operator.shift) + 1e-12]
+            known = known or [1.33 * (max(0.0, self.spectrum.largest) + operator.shift) + 1e-12]
             smallest = smallest or [min(0.0, self.spectrum.smallest) + operator.shift]
 
         def solved(rhs: Tensor, keeper: Keeper = FORGETFUL) -> Solution:

@@ -182,9 +182,10 @@ def orthonormal(rows: Tensor) -> Tensor:
     for bound in (DEPENDENT, 0.5):  # once to find out what depends on what, once more against rounding
         inner = products(rows, rows)
         scale = inner.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
-        values, vectors = torch.linalg.eigh(inner * scale.unsqueeze(1) * scale)
-        keep = values > bound**2 * values[-1:] if len(values) else values > 0
-        if not bool(torch.isfinite(values).all()):
+        inner = inner * scale.unsqueeze(1) * scale
+        if not bool(torch.isfinite(inner).all()):
             return rows[:0]
+        values, vectors = torch.linalg.eigh(inner)
+        keep = values > bound**2 * values[-1:] if len(values) else values > 0
         rows = ((vectors[:, keep] * values[keep].rsqrt()).T * scale).to(rows.dtype) @ rows
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -30,7 +31,7 @@ def random_task(seed):
     sizes = [width, *(draw.randint(1, 16) for _ in range(draw.randint(0, 3)))]
 
     def make():
-        hidden = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), activation())]
+        hidden = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), activation())]
         return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
 
     model, inputs = built(make, torch.float64, seed), scale * normal(n + 2, width, seed=seed)
@@ -72,3 +73,20 @@ def test_a_row_is_near_the_dense_solution_or_not_called_converged(group):
         lowest = float(torch.linalg.eigvalsh(matrix)[0])
         assert lowest > 0 or not found.converged.any(), seed
         assert math.isfinite(spectrum.largest)
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.5, 1.0, 2.0])
+def test_an_operator_without_one_positive_eigenvalue_is_given_no_large_solution(damping):
+    task = random_task(1)[0]
+    rhs = gradient_rows(task, range(2), data="test")
+    with operator_of(task, "hessian", damping=damping) as operator:
+        matrix = (damping - 1.0) * torch.eye(rhs.shape[1], dtype=torch.float64)
+        object.__setattr__(operator, "mean_over", lambda batches, n, v: v @ matrix)
+        spectrum = spectrum_of(lambda v: -v, rhs.shape[1], rhs)
+        found = solve(operator, rhs, LiSSA(spectrum=spectrum))
+    assert found.value.isfinite().all()
+    assert (found.value.norm(dim=1) <= 20 * rhs.norm(dim=1) / min(damping, 1.0)).all()
+    assert found.converged.tolist() == [damping > 1] * 2
+    assert damping >= 1 or set(found.reasons) == {
+        "the Hessian is indefinite at this damping; use --curvature ggn or more damping"
+    }

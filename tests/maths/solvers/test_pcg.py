@@ -138,8 +138,10 @@ def test_an_operator_that_solves_nothing_raises_nothing(solver, factor):
     assert all(found.reasons)
 
 
-def test_a_preconditioner_that_is_not_finite_raises_nothing():
-    found = solve(of(symmetric(SPREAD)), normal(2, 25), PCG(fit=lambda _: lambda rows: rows / 0))
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_a_preconditioner_that_is_not_finite_raises_nothing(count, factor):
+    found = solve(of(symmetric(SPREAD)), normal(count, 25), PCG(fit=lambda _: lambda rows: rows * factor))
     assert not found.converged.any()
     assert all(found.reasons)
 
