@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from infl_cache.stages.source import gradient_reader
 # Beyond this the host is thought to spend its time on fresh pages: seen in single, noisy timings of products with a
 # small CNN, not yet in a benchmark of the whole stage.
 HOST_WORKING_SET = 64 * 2**20
+# Products with captured rows are fastest at 16 to 256 samples at a time (scripts/bench_stest.py).
+ROWS_WORKING_SET = 256 * 2**20
 SMALLEST_BATCH, MAX_BATCH = 8, 256
 # Rows that must be captured anew for each product cost a backward pass for each output.
 OUTPUTS_A_SIDE = 2
@@ -70,7 +73,8 @@ def damped_curvature(
 ) -> Curvature:
     """The operator over the training samples `rows`, for `sides` vectors at once; `hooks` are its `tick` and `note`."""
     kind, dtype = curvature_kind(run.options.stest), solve_dtype(run)
-    size, load = _batches(run, sides, rows, dtype)
+    # One pass keeps, per sample, the activations once and their derivatives for each of the vectors.
+    size, load = _batches(run, rows, dtype, 1 + sides)
 
     def pick(positions: Sequence[int]) -> Iterable[Batch]:
         chosen = [rows[position] for position in positions]
@@ -98,14 +102,17 @@ def damped_curvature(
 
 
 def _batches(
-    run: Opened, sides: int, rows: Sequence[int], dtype: torch.dtype, row_bytes: int = 0, most: int = MAX_BATCH
+    run: Opened, rows: Sequence[int], dtype: torch.dtype, copies: int, row_bytes: int = 0, most: int = MAX_BATCH
 ) -> tuple[int, Callable[[], Iterable[Batch]]]:
-    """Samples in a micro-batch, and a function that loads one pass of them."""
+    """Samples in a micro-batch, and a function that loads one pass of them.
+
+    A sample takes `copies` times its activations, and `row_bytes`.
+    """
     first = probe_batch(run.task, range(min(8, len(run.task.train))), run.device)
     kept = activation_bytes(run.task, run.parameters, first) * (2 if dtype == torch.float64 else 1)
-    # One pass keeps, per sample, the activations once and their derivatives for each of the vectors.
-    room = min(run.budget // 4, HOST_WORKING_SET) if run.device.type == "cpu" else run.budget // 4
-    fitting = room // (kept * (1 + sides) + row_bytes)
+    working_set = ROWS_WORKING_SET if row_bytes else HOST_WORKING_SET
+    room = min(run.budget // 4, working_set) if run.device.type == "cpu" else run.budget // 4
+    fitting = room // (kept * copies + row_bytes)
     size = min(most, run.options.resources.batch_size or max(SMALLEST_BATCH, min(MAX_BATCH, fitting)))
 
     def load() -> Iterable[Batch]:
@@ -128,7 +135,10 @@ def _output_rows(
     budget = run.budget // 3
     if len(rows) * row_bytes > budget and outputs > OUTPUTS_A_SIDE * sides:
         return None
-    _, load = _batches(run, sides, rows, dtype, row_bytes)
+    # A product holds what each vector sends to the outputs of one layer and back.
+    widest = max((math.prod(layer.grad_shape) for layer in forms.factored), default=1)
+    held = row_bytes + 2 * sides * widest * (8 if dtype == torch.float64 else 4)
+    _, load = _batches(run, rows, dtype, 2, held)
     passes = remembered(captured(task, forms, remembered(load, run.budget // 8)), budget, Jacobian.n_bytes.__get__)
     return Rows(forms, passes, row_bytes)
 
@@ -144,7 +154,7 @@ def _rows_to_fit(
     task = in_dtype(run.task, dtype)
     made = forms_for_products(forms, 1)
     row_bytes = 4 * (made.row_size + forms.parameters.size)
-    _, load = _batches(run, 1, rows, dtype, row_bytes, made.at_once(MAX_BATCH))
+    _, load = _batches(run, rows, dtype, 2, row_bytes, made.at_once(MAX_BATCH))
 
     def gradients() -> Iterable[Jacobian]:
         for batch in load():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution, Solve, State, norms
+from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution, Solve, State, norms, row_dots
 
 RESTARTS = 5
 INDEFINITE = "met a direction of negative curvature; use ggn or more damping"
@@ -118,7 +118,7 @@ class _Recursion:
                 break
             product = operator(self._p)
             self.steps[self._active.cpu()] += 1
-            curvature = _dots(self._p, product)
+            curvature = row_dots(self._p, product)
             self.negative[self._active[curvature <= 0]] = True
             alpha = torch.where(curvature > 0, self._squared / curvature, 0.0).to(product.dtype).unsqueeze(1)
             self._x.addcmul_(alpha, self._p)
@@ -137,16 +137,3 @@ class _Recursion:
             self.value[self._active[~going]] = self._x[~going]
             self._x, self._r, self._p = self._x[going], self._r[going], self._p[going]
             self._active, self._squared = self._active[going], self._squared[going]
-
-
-def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise dot products, accumulated in float64."""
-    return (a.double() * b.double()).sum(1) if a.dtype == torch.float64 else _dots_of_floats(a, b)
-
-
-def _dots_of_floats(a: Tensor, b: Tensor, piece: int = 1 << 20) -> Tensor:
-    """float32 rows: products and sums in float64, a piece of the columns at a time."""
-    total = torch.zeros(len(a), dtype=torch.float64, device=a.device)
-    for start in range(0, a.shape[1], piece):
-        total += (a[:, start : start + piece].double() * b[:, start : start + piece].double()).sum(1)
-    return total

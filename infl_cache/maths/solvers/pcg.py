@@ -21,13 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution, Solve, State, norms
+from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution, Solve, State, norms, pieces
 
 RESTARTS = 5
 INDEFINITE = "met a direction of negative curvature; use ggn or more damping"
 # A direction that is shorter than this once the others are taken out of it is one of rounding.
 DEPENDENT = 1e-3
-PIECE = 1 << 16
 # New directions are made conjugate to those of so many steps: in float32 those of one step do not stay so by themselves
 # (on a small CNN it then takes 16 steps where float64 takes 12).
 HISTORY = 4
@@ -72,7 +71,7 @@ class PCG:
         while len(rows):
             block.run(operator, self.max_iterations, keeper)
             before, true = block.true, block.restart(operator)
-            astray = (true > self.tolerance) & (true < 0.5 * before)
+            astray = (true > self.tolerance) & (true < 0.9 * before)
             if not bool(astray.any()) or block.steps >= self.max_iterations or block.restarts > RESTARTS:
                 break
         value = torch.zeros_like(rhs)
@@ -167,8 +166,7 @@ class _Block:
 def products(a: Tensor, b: Tensor) -> Tensor:
     """`a b^T` in float64, for rows (K, P) and (M, P), a piece of the columns at a time."""
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
-    for start in range(0, a.shape[1], PIECE):
-        at = slice(start, start + PIECE)
+    for at in pieces(a):
         total.addmm_(a[:, at].double(), b[:, at].double().T)
     return total
 
