@@ -65,7 +65,8 @@ CASES = [
 def test_solutions_are_those_of_a_dense_solve_on_every_task(name, made, kind, damping):
     matrix = dense_of(name, kind) + damping * torch.eye(len(dense_of(name, kind)), dtype=torch.float64)
     expected = torch.linalg.solve(matrix, sides_of(name).T).T
-    for dtype, tolerance, near in ((torch.float64, 1e-10, 1e-8), (torch.float32, 1e-6, 1e-4)):
+    # In float32 the rounding of the solution itself leaves residuals of up to about 1e-6 on these tasks.
+    for dtype, tolerance, near in ((torch.float64, 1e-10, 1e-8), (torch.float32, 3e-6, 1e-4)):
         task = TASKS[name](dtype)
         rows = functools.partial(rows_to_fit, task, decided(task, "dense")[0], dtype)
         fitted = {"other_rows": rows} if made == "ekfac" else {}
