@@ -35,7 +35,7 @@ def curvature_kind(options: StestOptions) -> Literal["ggn", "hessian", "fisher"]
         if options.curvature not in ("auto", "fisher"):
             raise BadInput(
                 f"curvature: expected fisher for the solver of that name, found {options.curvature};"
-                " leave --curvature at auto, or use --solver pcg"
+                " use --curvature auto, or --solver pcg"
             )
         return "fisher"
     return "ggn" if options.curvature == "auto" else options.curvature
