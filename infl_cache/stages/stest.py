@@ -23,6 +23,7 @@ from infl_cache.maths.probe import check_gradients_arrive, check_independence, p
 from infl_cache.maths.samples import batches, groups_among, spread
 from infl_cache.maths.solvers import Identity, Solution, Solve, make_solver
 from infl_cache.maths.solvers.exact import COLUMNS
+from infl_cache.maths.solvers.pcg import HISTORY
 from infl_cache.maths.task import losses_of
 from infl_cache.progress import Bar, progress
 from infl_cache.stages.blocks import some
@@ -125,7 +126,8 @@ def _begin(run: Opened, identity: dict[str, Any], tests: Sequence[int]) -> None:
     check_damping(run)
     itemsize = 8 if solve_dtype(run) == torch.float64 else 4
     asked = run.options.resources.test_block_rows
-    fitting = run.budget // 3 // (size * itemsize * VECTORS_A_SIDE)
+    vectors = VECTORS_A_SIDE + (2 * HISTORY if run.options.stest.solver == "pcg" else 0)
+    fitting = run.budget // 3 // (size * itemsize * vectors)
     block_rows = min(asked or max(1, min(fitting, MAX_RIGHT_HAND_SIDES)), n_test)
     arrays = [("s_test", (size,), identity["stored_dtype"]), ("residual", (), "float64"), ("iterations", (), "int64"),
               ("converged", (), "bool"), ("loss", (), "float64"), ("measure", (), "float64"), ("target", (), "float64"),
