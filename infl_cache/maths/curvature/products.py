@@ -60,7 +60,7 @@ def batch_product(
 
 
 def _one_at_a_time(model: nn.Module) -> bool:
-    """Whether a loop over the vectors is the faster way: vmap's convolutions are several times slower on a CPU."""
+    """Whether a loop over the vectors is the faster way: on a CPU that is so where the model convolves."""
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     return on_cpu and any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
 
