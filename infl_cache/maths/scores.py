@@ -16,6 +16,7 @@ from infl_cache.maths.capture.engine import Factors
 from infl_cache.maths.capture.forms import Forms, Layer
 from infl_cache.maths.capture.rules import RULES
 from infl_cache.maths.params import unflatten
+from infl_cache.maths.product import product
 
 
 def influence(dots: Tensor, n_train: int) -> Tensor:
@@ -51,14 +52,14 @@ def queries(forms: Forms, s_test: Tensor) -> Queries:
 
 def scores(forms: Forms, asked: Queries, factors: Factors, dense: Tensor, budget: int) -> Tensor:
     """The dot products `(M, B)` of M queries with B stored gradients, temporaries within about `budget` bytes."""
-    total = asked.dense @ dense.T
+    total = product(asked.dense, dense.to(asked.dense.dtype)).to(dense.dtype)
     for layer in forms.factored:
         inputs, output_grad = factors[layer.key]
         weights = asked.values[layer.parameters["weight"]]
         total += _weight_scores(layer, weights, inputs, output_grad, budget)
         if "bias" in layer.parameters:
             bias = RULES[layer.rule].bias_gradient(layer.settings, output_grad)
-            total += asked.values[layer.parameters["bias"]] @ bias.T
+            total += product(asked.values[layer.parameters["bias"]], bias.to(asked.dense.dtype))
     return total
 
 
@@ -80,5 +81,6 @@ def _weight_scores(layer: Layer, weights: Tensor, inputs: Tensor, output_grad: T
         if contracted:
             pieces.append(rule.products(layer.settings, weights, a, g))
         else:
-            pieces.append(weights.flatten(1) @ rule.weight_gradient(layer.settings, a, g).flatten(1).T)
+            built = rule.weight_gradient(layer.settings, a, g).flatten(1)
+            pieces.append(product(weights.flatten(1), built.to(weights.dtype)))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)

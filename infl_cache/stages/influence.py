@@ -33,7 +33,7 @@ from infl_cache.stages.rankings import write_rankings
 from infl_cache.stages.rounding import TEST_SAMPLES, measured_rounding
 from infl_cache.stages.same import check_against_store
 from infl_cache.stages.selection import asked_tests, held_tests
-from infl_cache.stages.source import gradient_reader
+from infl_cache.stages.source import piece_reader
 from infl_cache.stages.tiles import (
     FINAL,
     PARTIAL,
@@ -190,21 +190,25 @@ def _compute(run: Opened, tiles: Sequence[Tile], todo: Sequence[Tile], skipped: 
 def _tile_values(run: Opened, forms: Forms, todo: Sequence[Tile]) -> Iterator[tuple[Tile, Floats, float]]:
     """The influences of each tile, with the seconds it took."""
     dtype = _product_dtype(run)
-    read_test, read_train = _tested_rows(run, run.folder.store("stest")), gradient_reader(run, forms, dtype)
+    read_test = _tested_rows(run, run.folder.store("stest"))
     _measure_rounding(run, forms, read_test)
     n_train = len(run.task.train)
+    order = [block for tile in todo for block in tile.train]
+    following = iter([*order[1:], None])
     loaded: tuple[Block, scores.Queries] | None = None
-    for tile in todo:
-        started = time.perf_counter()
-        if loaded is None or loaded[0] != tile.test:
-            loaded = None  # the last tile's memory goes before the next one's comes
-            loaded = (tile.test, scores.queries(forms, read_test(tile.test).to(dtype)))
-        pieces = []
-        for block in tile.train:
-            factors, dense = read_train(block)
-            dots = scores.scores(forms, loaded[1], factors, dense, run.budget // 8)
-            pieces.append(scores.influence(dots, n_train).to("cpu", torch.float32).numpy())
-        yield tile, np.concatenate(pieces, axis=1), time.perf_counter() - started
+    with piece_reader(run, forms, dtype) as read_train:
+        for tile in todo:
+            started = time.perf_counter()
+            if loaded is None or loaded[0] != tile.test:
+                loaded = None  # the last tile's memory goes before the next one's comes
+                loaded = (tile.test, scores.queries(forms, read_test(tile.test).to(dtype)))
+            found = []
+            for block in tile.train:
+                for factors, dense in read_train(block, next(following)):
+                    dots = scores.scores(forms, loaded[1], factors, dense, run.budget // 8)
+                    found.append(scores.influence(dots, n_train))
+            values = torch.cat(found, 1).to("cpu", torch.float32).numpy()
+            yield tile, values, time.perf_counter() - started
 
 
 def _measure_rounding(run: Opened, forms: Forms, read_test: Callable[[Block], Tensor]) -> None:

@@ -2,26 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from infl_cache.disk.codecs import planned_codec
 from infl_cache.disk.layout import Block
+from infl_cache.disk.reader import BlockReader, plain_room
 from infl_cache.errors import ForeignRun, IncompleteStore
 from infl_cache.maths.capture import Factors, Forms, capture
 from infl_cache.maths.samples import batches, groups_of
 from infl_cache.stages.blocks import batch_size, some
 from infl_cache.stages.opening import Opened
-from infl_cache.stages.stored import stored_gradients
+from infl_cache.stages.stored import gradient_pieces, stored_gradients
 
 Read = Callable[[Block], tuple[Factors, Tensor]]
+Pieces = Callable[[Block, Block | None], Iterator[tuple[Factors, Tensor]]]
 
 
 def gradient_reader(run: Opened, forms: Forms, wide: torch.dtype) -> Read:
     """A function from a block of training samples to its factors and plain columns of type `wide`."""
     return _from_store(run, forms, wide) if run.options.grads.cache else _from_model(run, forms, wide)
+
+
+@contextmanager
+def piece_reader(run: Opened, forms: Forms, wide: torch.dtype) -> Iterator[Pieces]:
+    """A function from a block, and the one that comes after it, to its factors and plain columns in pieces of rows."""
+    codec = planned_codec(run.folder.plan("grads"), False, run.folder.path, "grads")
+    if not run.options.grads.cache or codec is None:  # versions before the codec was written down
+        read = gradient_reader(run, forms, wide)
+        yield lambda block, following: iter([read(block)])
+        return
+    store, cuda = run.folder.store("grads"), run.device.type == "cuda"
+    room = _pinned if cuda else plain_room
+    reader = BlockReader(store, codec, run.folder.records("grads"), room, slots=2 if cuda else 1)
+
+    def pieces(block: Block, following: Block | None) -> Iterator[tuple[Factors, Tensor]]:
+        if following is not None:
+            reader.expect(following)
+        return gradient_pieces(reader, store, forms, block, run.device, wide)
+
+    try:
+        yield _behind_the_products(pieces, run.device) if cuda else pieces
+    finally:
+        reader.close()
+
+
+def _behind_the_products(pieces: Pieces, device: torch.device) -> Pieces:
+    """On a GPU: copied and cast in a stream of its own, so that a block is decoded while the last one is multiplied."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    copied: list[torch.cuda.Event] = []
+
+    def read(block: Block, following: Block | None) -> Iterator[tuple[Factors, Tensor]]:
+        if len(copied) > 1:  # the memory that is filled next has been copied out of
+            copied[-2].synchronize()
+        with torch.cuda.stream(stream):
+            found = list(pieces(block, following))
+        copied.append(stream.record_event())
+        here = torch.cuda.current_stream(device)
+        here.wait_stream(stream)
+        for factors, dense in found:
+            for tensor in (dense, *(each for pair in factors.values() for each in pair)):
+                tensor.record_stream(here)
+        return iter(found)
+
+    return read
+
+
+def _pinned(size: int) -> NDArray[np.uint8]:
+    room: NDArray[np.uint8] = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    return room
 
 
 def _from_store(run: Opened, forms: Forms, wide: torch.dtype) -> Read:

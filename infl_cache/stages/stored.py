@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from infl_cache.disk.layout import ArrayLayout, Block, array_layout
+from infl_cache.disk.reader import BlockReader
 from infl_cache.disk.store import Array, Store
 from infl_cache.maths.capture import Captured, Factors, Forms
 from infl_cache.maths.narrow import NARROW, narrowed, widened
@@ -79,13 +82,50 @@ def stored_gradients(
     store: Store, forms: Forms, block: Block, device: torch.device, wide: torch.dtype
 ) -> tuple[Factors, Tensor]:
     """Factors and plain columns of a block of the grads store, as tensors of type `wide` on the device."""
-    paths = [path for path in store.layouts if path not in dict(PER_SAMPLE)]
-    data = store.read_block(block, paths)
-    tensors = {path: _tensor(store.layouts[path], values).to(device) for path, values in data.items()}
+    return _as_wide(store, forms, store.read_block(block, gradient_paths(store)), block.rows, device, wide)
+
+
+def gradient_paths(store: Store) -> list[str]:
+    """The arrays of the grads store that hold gradients."""
+    return [path for path in store.layouts if path not in dict(PER_SAMPLE)]
+
+
+def gradient_pieces(
+    reader: BlockReader, store: Store, forms: Forms, block: Block, device: torch.device, wide: torch.dtype
+) -> Iterator[tuple[Factors, Tensor]]:
+    """As `stored_gradients`, some rows of the block after the others: as many as lie in one piece without a copy.
+
+    What was yielded may be overwritten when the next block is read.
+    """
+    read = reader.read(block, gradient_paths(store))
+    lengths = [len(piece) for piece in max(read.values(), key=len)]
+    whole = {path: pieces[0] if len(pieces) == 1 else None for path, pieces in read.items()}
+    start = 0
+    for index, rows in enumerate(lengths):
+        data = {}
+        for path, pieces in read.items():
+            if (together := whole[path]) is not None:
+                data[path] = together[start : start + rows]
+            elif [len(piece) for piece in pieces] == lengths:
+                data[path] = pieces[index]
+            else:  # chunks of other lengths
+                whole[path] = np.concatenate(pieces)
+                data[path] = whole[path][start : start + rows]  # type: ignore[index]
+        yield _as_wide(store, forms, data, rows, device, wide)
+        start += rows
+
+
+def _as_wide(
+    store: Store, forms: Forms, data: Mapping[str, Array], rows: int, device: torch.device, wide: torch.dtype
+) -> tuple[Factors, Tensor]:
+    quick = device.type == "cuda"
+    tensors = {
+        path: _tensor(store.layouts[path], values).to(device, non_blocking=quick) for path, values in data.items()
+    }
     arrays = {
         path: _wide(tensors, path, tensor, wide) for path, tensor in tensors.items() if not path.endswith(EXPONENT)
     }
-    return as_factors(forms, arrays, block.rows, torch.empty(0, dtype=wide, device=device))
+    return as_factors(forms, arrays, rows, torch.empty(0, dtype=wide, device=device))
 
 
 def _tensor(layout: ArrayLayout, values: Array) -> Tensor:

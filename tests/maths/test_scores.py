@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infl_cache.maths.capture import Forms, Layer, capture, rows_of
-from infl_cache.maths.capture.rules import RULES
+from infl_cache.maths.capture.rules import RULES, linear
 from infl_cache.maths.params import Parameters
 from infl_cache.maths.scores import influence, queries, scores
 from infl_cache.maths.task import evaluating
@@ -90,19 +90,37 @@ def test_the_cheaper_way_is_taken_and_both_are_right(count, positions, direct, m
     assert taken == [("products" if direct else "weight_gradient", 7)]
 
 
-@pytest.mark.parametrize("positions", [1, 3])
-def test_the_budget_sets_how_many_samples_are_taken_at_once(positions, monkeypatch):
-    forms = one_layer(positions, 6, 5)
-    factors = {"layer": (normal(10, positions, 6, seed=1), normal(10, positions, 5, seed=2))}
+def test_the_budget_sets_how_many_samples_are_taken_at_once(monkeypatch):
+    forms = one_layer(3, 6, 5)
+    factors = {"layer": (normal(10, 3, 6, seed=1), normal(10, 3, 5, seed=2))}
     s_test, dense = normal(4, 35, seed=4), normal(10, 0)
-    # The queries at every position, or the gradient and what it is made of.
-    temporary = 8 * (4 * 5 if positions == 1 else 2 * 6 * 5)
+    temporary = 8 * 2 * 6 * 5  # the gradient and what it is made of
     taken = watched(monkeypatch, "linear")
     found = [scored(forms, s_test, factors, dense, budget) for budget in (temporary * 4, 0, temporary * 10)]
     assert [size for _, size in taken] == [4, 4, 2] + [1] * 10 + [10]
-    assert {way for way, _ in taken} == {"products" if positions == 1 else "weight_gradient"}
+    assert {way for way, _ in taken} == {"weight_gradient"}
     assert relative_error(found[1], found[0]) < 1e-13
     assert relative_error(found[2], found[0]) < 1e-13
+
+
+@pytest.mark.parametrize("positions", [1, 2])
+def test_a_contraction_goes_in_tiles_that_the_cache_holds(positions, monkeypatch):
+    monkeypatch.setattr(linear, "SAMPLES", 4)
+    monkeypatch.setattr(linear, "TILE", 4 * 5 * 3)
+    sizes, plain = [], linear.product
+
+    def counted(rows, columns):
+        found = plain(rows, columns)
+        sizes.append(found.numel())
+        return found
+
+    monkeypatch.setattr(linear, "product", counted)
+    inputs, back, weights = normal(10, positions, 6, seed=1), normal(10, positions, 5, seed=2), normal(7, 5, 6, seed=3)
+    found = linear.Linear().products({}, weights, inputs, back)
+    expected = torch.einsum("moi,bti,bto->mb", weights, inputs, back)
+    assert relative_error(found, expected) < 1e-13
+    assert max(sizes) <= linear.TILE
+    assert len(sizes) > 5
 
 
 def test_queries_are_cut_as_the_gradients_are_stored():

@@ -119,7 +119,7 @@ def test_a_flipped_bit_in_a_store_never_reaches_the_matrix(file, tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
-    with pytest.raises(DamagedStore, match=rf"{file.rpartition('/')[0]}: rows 0 to \d+ cannot be read"):
+    with pytest.raises(DamagedStore, match=rf"{file.rpartition('/')[0]}.*rows 0 to \d+"):
         Run(tmp_path / "r", tasks.mlp(), **QUIET).influence()
     assert not (tmp_path / "r" / "influence.npy").exists()
 

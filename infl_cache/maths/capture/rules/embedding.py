@@ -41,7 +41,7 @@ class Embedding(Rule):
         """`sum_t output_grad[b,t] . weights[m, input[b,t]]`."""
         if settings["padding_idx"] is not None:
             output_grad = output_grad * (inputs != settings["padding_idx"]).unsqueeze(-1)
-        return torch.einsum("mbtd,btd->mb", weights[:, inputs.long()], output_grad)
+        return torch.einsum("mbtd,btd->mb", weights[:, inputs.long()].to(output_grad.dtype), output_grad)
 
     def seen(self, settings: Settings, weights: Tensor, inputs: Tensor) -> Tensor:
         found: Tensor = weights[:, inputs.long()].transpose(0, 1)  # (B, M, n, width)

@@ -1,0 +1,194 @@
+"""Committed blocks read as fast as the machine goes: chunk files decoded by all cores into memory that is used again.
+
+Zarr reads the same files with a new buffer for every step on the way; `Store.read_block` is the slow twin, and what
+reads single rows. Nothing is decoded before size and checksum of its file are those of the ledger. Chunks that are
+not compressed are mapped, not copied.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import cast
+
+import google_crc32c
+import numpy as np
+from numcodecs import blosc
+from numpy.typing import NDArray
+
+from infl_cache.disk.codecs import CRC_BYTES, Codec, stored_checksum
+from infl_cache.disk.layout import ArrayLayout, Block, chunk_parts
+from infl_cache.disk.ledger import BlockRecord, FileRecord
+from infl_cache.disk.store import Array, Store
+from infl_cache.errors import DamagedStore
+
+DECODERS = os.cpu_count() or 1
+# Where Blosc's header says how many bytes come out.
+_SIZE = slice(4, 8)
+Bytes = NDArray[np.uint8]
+
+
+def plain_room(size: int) -> Bytes:
+    """Ordinary memory of so many bytes."""
+    return np.empty(size, np.uint8)
+
+
+class BlockReader:
+    """Reads whole blocks; what it returned is overwritten by the `slots`-th reading after it.
+
+    `room` gives the memory (of a kind that a GPU copies fast, say), `records` the committed blocks.
+    """
+
+    def __init__(
+        self, store: Store, codec: Codec, records: Mapping[int, BlockRecord],
+        room: Callable[[int], Bytes] = plain_room, slots: int = 1,
+    ) -> None:  # fmt: skip
+        self._store, self._codec, self._records, self._room = store, codec, records, room
+        self._slots: list[dict[str, Bytes]] = [{} for _ in range(slots)]
+        self._next = 0
+        self._local = threading.local()
+        self._pool = ThreadPoolExecutor(DECODERS)
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._pool.shutdown()
+
+    def read(self, block: Block, paths: Iterable[str]) -> dict[str, list[Array]]:
+        """The block's rows of each array, as one piece or (mapped) as one for each chunk, in order.
+
+        Raises `DamagedStore` that names the file unless it has the size and checksum that were committed.
+        """
+        slot = self._slots[self._next]
+        self._next = (self._next + 1) % len(self._slots)
+        files = self._files(block)
+        found: dict[str, list[Array]] = {}
+        work: list[Callable[[], object]] = []
+        for path in paths:
+            layout = self._store.layouts[path]
+            parts = [(self._named(files, block, path, key), part) for key, part in chunk_parts(layout, block).items()]
+            if self._codec.name == "none" and layout.chunk_row_shape == layout.row_shape:
+                found[path] = self._mapped(layout, block, parts, work)
+            else:
+                found[path] = [self._decoded(layout, block, parts, slot, work)]
+        for _ in self._pool.map(lambda each: each(), work):
+            pass  # an error of a thread is raised here
+        return found
+
+    def expect(self, block: Block) -> None:
+        """Ask the system to fetch the files of `block`, which will be read next; returns at once."""
+        for record in self._files(block).values():
+            try:
+                descriptor = os.open(self._file(record), os.O_RDONLY)
+            except OSError:
+                continue  # who reads it will say so
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
+    def _files(self, block: Block) -> dict[str, FileRecord]:
+        return {record.path: record for record in self._records[block.index].files}
+
+    def _file(self, record: FileRecord) -> Path:
+        return self._store.folder.parent / record.path
+
+    def _named(self, files: Mapping[str, FileRecord], block: Block, path: str, key: str) -> FileRecord:
+        """The record of a chunk; its name is made of ours, never of what was read."""
+        name = f"{self._store.folder.name}/{path}/{key}"
+        if name not in files:
+            raise DamagedStore(
+                f"{self._store.folder / path}: expected {key} (rows {block.start} to {block.stop - 1}) in the ledger,"
+                " found no such file; start the stage over with --force"
+            )
+        return files[name]
+
+    def _decoded(
+        self, layout: ArrayLayout, block: Block, parts: list[tuple[FileRecord, tuple[slice, ...]]],
+        slot: dict[str, Bytes], work: list[Callable[[], object]],
+    ) -> Array:  # fmt: skip
+        """Room for the block's rows, to be filled by `work`; a chunk of whole rows is decoded where it belongs."""
+        rows = -(-block.rows // layout.chunk_rows) * layout.chunk_rows
+        size = rows * math.prod(layout.row_shape) * np.dtype(layout.dtype).itemsize
+        if len(slot.get(layout.path, ())) < size:
+            slot[layout.path] = self._room(size)
+        whole = slot[layout.path][:size].view(layout.dtype).reshape(rows, *layout.row_shape)
+        for record, part in parts:
+            if layout.chunk_row_shape == layout.row_shape:
+                target = whole[part[0].start : part[0].start + layout.chunk_rows]
+                work.append(lambda record=record, target=target: self._decode(record, block, target))  # type: ignore[misc]
+            else:
+                work.append(lambda record=record, part=part: self._put(record, block, layout, whole[part]))  # type: ignore[misc]
+        return whole[: block.rows]
+
+    def _put(self, record: FileRecord, block: Block, layout: ArrayLayout, target: Array) -> None:
+        """Decode a chunk that holds a part of its rows, the padding at their end left out."""
+        chunk = np.empty(layout.chunks, layout.dtype)
+        self._decode(record, block, chunk)
+        target[...] = chunk[tuple(map(slice, target.shape))]
+
+    def _decode(self, record: FileRecord, block: Block, target: Array) -> None:
+        body = self._checked(record, block, self._content(record, block))
+        if self._codec.name == "none":
+            target.reshape(-1).view(np.uint8)[...] = body
+            return
+        if len(body) < _SIZE.stop or int.from_bytes(body[_SIZE].tobytes(), "little") != target.nbytes:
+            raise self._damaged(record, block, f"{target.nbytes} bytes in it", "another number")
+        blosc.decompress(body, target)
+
+    def _mapped(
+        self, layout: ArrayLayout, block: Block, parts: list[tuple[FileRecord, tuple[slice, ...]]],
+        work: list[Callable[[], object]],
+    ) -> list[Array]:  # fmt: skip
+        """The chunks as they lie in the page cache; `work` compares their checksums."""
+        found: list[Array] = []
+        for record, part in parts:
+            content = self._map(record, block)
+            expected = math.prod(layout.chunks) * np.dtype(layout.dtype).itemsize
+            if len(content) != expected + CRC_BYTES:
+                raise self._damaged(record, block, f"{expected + CRC_BYTES} bytes", f"{len(content)}")
+            work.append(lambda record=record, content=content: self._checked(record, block, content))  # type: ignore[misc]
+            rows = part[0].stop - part[0].start
+            found.append(content[:expected].view(layout.dtype).reshape(layout.chunks)[:rows])
+        return found
+
+    def _map(self, record: FileRecord, block: Block) -> Bytes:
+        try:
+            # Copy on write: nothing gets back to the file, and torch wants memory that may be written.
+            content: Bytes = np.memmap(self._file(record), np.uint8, "c").view(np.ndarray)
+        except (OSError, ValueError) as error:
+            raise self._damaged(record, block, f"{record.size} bytes", f"none ({error})") from error
+        return content
+
+    def _content(self, record: FileRecord, block: Block) -> Bytes:
+        """What the file holds, in memory of this thread that the next file overwrites."""
+        if len(getattr(self._local, "bytes", ())) < record.size + 1:
+            self._local.bytes = np.empty(record.size + 1, np.uint8)
+        room: Bytes = self._local.bytes
+        filled = 0
+        try:
+            with open(self._file(record), "rb", buffering=0) as file:
+                while count := file.readinto(room[filled : record.size + 1].data):
+                    filled += count
+        except OSError as error:
+            raise self._damaged(record, block, f"{record.size} bytes", f"none ({error.strerror})") from error
+        return room[:filled]
+
+    def _checked(self, record: FileRecord, block: Block, content: Bytes) -> Bytes:
+        """The content without its checksum, once it is known to be what was committed."""
+        body = content[:-CRC_BYTES]
+        crc = google_crc32c.value(cast(bytes, body))
+        kept = stored_checksum(content[-CRC_BYTES:].tobytes())
+        if not len(content) == record.size >= CRC_BYTES or not crc == kept == record.crc:
+            expected = f"{record.size} bytes with checksum {record.crc:08x}"
+            raise self._damaged(record, block, expected, f"{len(content)} with {crc:08x}")
+        return body
+
+    def _damaged(self, record: FileRecord, block: Block, expected: str, found: str) -> DamagedStore:
+        return DamagedStore(
+            f"{self._file(record)} (rows {block.start} to {block.stop - 1}): expected {expected}, found {found};"
+            " restore the file, or --force starts the stage over"
+        )
