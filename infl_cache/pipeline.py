@@ -17,18 +17,15 @@ from infl_cache.errors import BadInput, IncompleteStore
 from infl_cache.maths.capture import Forms, rows_of
 from infl_cache.maths.narrow import NARROW
 from infl_cache.maths.task import Task
-from infl_cache.stages import rank
-from infl_cache.stages.blocks import some
+from infl_cache.reading import Influences
 from infl_cache.stages.grads import grads
 from infl_cache.stages.influence import influence
 from infl_cache.stages.opening import Opened, StageResult, looked_at, opened
 from infl_cache.stages.plan import GradsPlan, plan_grads
-from infl_cache.stages.same import check_same_task
-from infl_cache.stages.selection import as_text, count_of_tests, held_tests
+from infl_cache.stages.selection import count_of_tests, held_tests
 from infl_cache.stages.status import Status, status
 from infl_cache.stages.stest import stest
 from infl_cache.stages.stored import stored_gradients
-from infl_cache.stages.tiles import matrix_tests, require_sound_matrix, sign_of
 from infl_cache.stages.validate import ValidateOptions, validate
 from infl_cache.stages.validation import Validation
 
@@ -36,7 +33,7 @@ Stage = Callable[[Opened, Force], StageResult]
 STAGES: dict[str, Stage] = {"grads": grads, "stest": stest, "influence": influence}
 
 
-class Run:
+class Run(Influences):
     r"""Influence functions of a task, cached in a folder and carried on from whatever is there.
 
     `influence[j, i] = -(1/n_train) s_test[j] . grad_z[i]` with `s_test[j] = (C + damping I)^-1 grad measure(z_j)`
@@ -69,14 +66,10 @@ class Run:
     """
 
     def __init__(self, path: str | Path, task: Task | None = None, **options: Any) -> None:
-        self.path = Path(path)
-        self.task = task
+        super().__init__(path, task)
         # How the task was named on the command line, kept so that run.yaml runs again.
         self.reference: dict[str, Any] = {"task": None, "task_args": {}}
-        self.folder = RunFolder(self.path)
         self.options = Options.resolve({**inherited_options(self.folder, options), **options})
-        # The matrix file when its checksums were last compared: its size and time of change.
-        self._sound: tuple[int, int] | None = None
 
     def grads(self, force: bool = False) -> StageResult:
         """Stage 1: the gradient of every training sample into `grad_z.zarr`."""
@@ -87,7 +80,7 @@ class Run:
         return self._stage("stest", force)
 
     def influence(self, force: bool = False) -> StageResult:
-        """Stage 3: `influence.npy` (n_test, n_train) and the rankings."""
+        """Stage 3: the rankings and, unless `matrix=False`, `influence.npy` (n_test, n_train)."""
         return self._stage("influence", force)
 
     def all(self, force: bool = False) -> list[StageResult]:
@@ -100,45 +93,6 @@ class Run:
             raise BadInput("task: expected a Task to plan for, found none; Run(path, task)")
         with looked_at(self.folder, self.task, self.options) as run:
             return plan_grads(run)
-
-    def scores(self) -> NDArray[np.float32]:
-        """The influence matrix as a read-only memory map, float32 (n_test, n_train): row j is of test sample j.
-
-        Rows of test samples that the run was not asked about are NaN.
-        Its checksums are compared the first time, and again when the file has changed.
-        """
-        file = self.path / "influence.npy"
-        if not file.exists():
-            raise IncompleteStore(f"{file}: expected a finished matrix, found none; run infl-cache influence first")
-        self.folder = RunFolder(self.path)
-        self.folder.require_complete("influence")
-        now = (file.stat().st_size, file.stat().st_mtime_ns)
-        if self._sound != now:
-            require_sound_matrix(self.folder)
-            if self.task is not None:
-                check_same_task(self.folder, self.task)
-            self._sound = now
-        matrix: NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
-        return matrix
-
-    @property
-    def tests(self) -> NDArray[np.int64]:
-        """The test samples that the run was asked about, done or not, in the order of the rows of `s_test.zarr`."""
-        self.folder = RunFolder(self.path)
-        return held_tests(self.folder)
-
-    def helpful(self, j: int, k: int = 10) -> rank.Ranking:
-        """The k training samples that help test sample j most: ids and influences, the most negative first.
-
-        With the measures `margin` and `logit`, which are better when higher, the most positive first.
-        """
-        row = self._row(j, k)
-        return rank.helpful(row, k, sign_of(self.folder))
-
-    def harmful(self, j: int, k: int = 10) -> rank.Ranking:
-        """The k training samples that harm test sample j most: ids and influences, the other end of `helpful`."""
-        row = self._row(j, k)
-        return rank.harmful(row, k, sign_of(self.folder))
 
     def grad_z(self, rows: int | slice | Sequence[int]) -> NDArray[np.floating[Any]]:
         """Gradients of the given training samples as plain rows (rows, n_params), rebuilt from factors."""
@@ -195,23 +149,6 @@ class Run:
         self.folder.configuration = {**self.reference, "run": str(self.path), **self.options.flat()}
         with opened(self.folder, self.task, self.options) as run:
             return STAGES[name](run, force)
-
-    def _row(self, j: int, k: int) -> NDArray[np.float32]:
-        scores = self.scores()
-        if not 0 <= j < len(scores):
-            raise BadInput(f"test sample: expected 0 to {len(scores) - 1}, found {j}")
-        if k < 1:
-            raise BadInput(f"k: expected at least 1, found {k}")
-        if j not in (asked := matrix_tests(self.folder)):
-            raise self._not_asked([j], asked)
-        return np.array(scores[j])
-
-    def _not_asked(self, missing: list[int], asked: NDArray[np.int64]) -> IncompleteStore:
-        held = as_text(asked, count_of_tests(self.folder))
-        return IncompleteStore(
-            f"{self.path}: expected test samples that it was asked about ({short(held)}), found {some(missing)};"
-            f" run infl-cache stest and influence with --test {as_text(missing, 0)[:60]}"
-        )
 
     def _vectors(
         self, stage: str, wanted: list[int], read: Callable[[Block], NDArray[Any]], single: bool

@@ -32,7 +32,7 @@ from infl_cache import Run, Task
 from infl_cache.maths.correlation import spearman
 from infl_cache.maths.params import select
 from infl_cache.maths.solvers.exact import MAX_PARAMETERS
-from infl_cache.stages.report import stored_column
+from infl_cache.stages.columns import stored_column
 from infl_cache.stages.validation import Validation, figures_of
 
 PACKAGES = ("torch", "numpy", "infl_cache")

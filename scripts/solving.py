@@ -18,7 +18,7 @@ from infl_cache import Run, Task
 from infl_cache.config import Options
 from infl_cache.maths.curvature import Curvature
 from infl_cache.maths.solvers import LiSSA, make_solver
-from infl_cache.stages.report import stored_column
+from infl_cache.stages.columns import stored_column
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ import infl_cache.errors
 
 PACKAGE = Path(infl_cache.errors.__file__).parent
 GROUND = ("errors", "progress", "config", "interrupt")
-ROOF = ("infl_cache.stages", "infl_cache.pipeline", "infl_cache.__main__", "infl_cache.ptif")
+ROOF = (
+    "infl_cache.stages", "infl_cache.reading", "infl_cache.pipeline", "infl_cache.__main__", "infl_cache.ptif",
+)  # fmt: skip
 MOST_LINES = 300
 
 # What only the disk column does with files, by the name a call has in the source.

@@ -107,6 +107,8 @@ class InfluenceOptions:
     """Stage 3: what is kept beside the matrix. Changing these recomputes rankings, never the matrix."""
 
     top_k: int = option(100, "length of each ranking of helpful and of harmful training samples", 1)
+    top_k_train: int = option(10, "length of each training sample's rankings of test samples", 1)
+    matrix: bool = option(True, "keep the influence matrix; without, the rankings alone (--no-matrix)")
     nonfinite: Literal["stop", "skip"] = option(
         "stop", "a gradient or s_test with NaN or Inf: stop and name it, or leave NaN and keep it out of the rankings"
     )

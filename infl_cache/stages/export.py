@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,10 +19,13 @@ from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput
 from infl_cache.progress import progress
 from infl_cache.stages import rank
-from infl_cache.stages.report import stored_column
+from infl_cache.stages.columns import stored_column
+from infl_cache.stages.rankings import RankingOf, has_matrix, require_matrix, stored_length, strongest
 from infl_cache.stages.tiles import matrix_tests, require_sound_matrix, sign_of
 
 FORMATS = ("json", "csv")
+# Of each test sample and either end, if nothing is said.
+CSV_ROWS = 100
 CSV_HEADER = (
     "test_id",
     "train_id",
@@ -41,13 +44,18 @@ def export(folder: RunFolder, kind: str, out: Path | None = None, top_k: int | N
     JSON: `{test id: {"label", "num_in_dataset", "time_calc_influence_s", "influence", "harmful", "helpful"}}`,
     `influence` over all training samples, `helpful` and `harmful` training ids sorted by strength (all, or
     `top_k`). CSV: a row for each of the `top_k` (100 by default) most helpful and most harmful of each test sample.
-    Test samples that the run was not asked about are left out.
+    Test samples that the run was not asked about are left out. A run without a matrix is written as `csv`, with at
+    most the `top_k` of its rankings.
     """
     if kind not in FORMATS:
         raise BadInput(f"format: expected one of {', '.join(FORMATS)}, found {kind!r}")
     if top_k is not None and top_k < 1:
         raise BadInput(f"top-k: expected at least 1, found {top_k}")
-    require_sound_matrix(folder)
+    if kind == "json":
+        require_matrix(folder, "for json (csv needs none)")
+    if has_matrix(folder):
+        require_sound_matrix(folder)
+    length = stored_length(folder, top_k, CSV_ROWS)
     path = out or folder.path / "export" / f"influence.{kind}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,18 +65,24 @@ def export(folder: RunFolder, kind: str, out: Path | None = None, top_k: int | N
         raise BadInput(f"{path}: cannot be written ({error}); choose another --out") from error
     records = folder.records("influence").values()
     test_labels, train_labels = stored_column(folder, "stest", "target"), stored_column(folder, "grads", "target")
-    matrix, tests, sign = MatrixFile(folder.path / "influence.npy"), matrix_tests(folder), sign_of(folder)
+    tests = matrix_tests(folder)
     seconds = sum(record.seconds for record in records) / len(tests)
-    try:
-        with _replacing(path) as file, progress("export", len(tests), unit="test sample", show=show) as bar:
-            rows = _rows(matrix, tests, bar)
-            if kind == "json":
-                _write_json(file, rows, test_labels, seconds, top_k, sign)
-            else:
-                _write_csv(file, rows, test_labels, train_labels, top_k or 100, sign)
-    finally:
-        matrix.close()
+    with _replacing(path) as file, progress("export", len(tests), unit="test sample", show=show) as bar:
+        if kind == "json":
+            with closing(MatrixFile(folder.path / "influence.npy")) as matrix:
+                _write_json(file, _rows(matrix, tests, bar), test_labels, seconds, top_k, sign_of(folder))
+        else:
+            with strongest(folder) as found:
+                _write_csv(file, _rankings(found, tests, length, bar), test_labels, train_labels)
     return path
+
+
+def _rankings(found: RankingOf, tests: NDArray[np.int64], k: int, bar: Any) -> Iterator[tuple[int, str, rank.Ranking]]:
+    """Both ends of each test sample."""
+    for index in tests.tolist():
+        for effect in rank.ENDS:
+            yield index, effect, found(effect, index, k)
+        bar.advance(1)
 
 
 def _rows(matrix: MatrixFile, tests: NDArray[np.int64], bar: Any) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -102,21 +116,15 @@ def _write_json(
 
 
 def _write_csv(
-    file: IO[str], rows: Iterator[tuple[int, NDArray[np.float32]]], test_labels: NDArray[np.float64],
-    train_labels: NDArray[np.float64], k: int, sign: int,
+    file: IO[str], rankings: Iterator[tuple[int, str, rank.Ranking]], test_labels: NDArray[np.float64],
+    train_labels: NDArray[np.float64],
 ) -> None:  # fmt: skip
     writer = csv.writer(file)
     writer.writerow(CSV_HEADER)
-    for index, row in rows:
-        for effect, ranking in (
-            ("helpful", rank.helpful(row, k, sign)),
-            ("harmful", rank.harmful(row, k, sign)),
-        ):
-            for place, (train_id, value) in enumerate(
-                zip(ranking.ids.tolist(), ranking.values.tolist(), strict=True), 1
-            ):
-                labels = (number(test_labels[index]), number(train_labels[train_id]))
-                writer.writerow((index, train_id, place, effect, value, -value, *labels))
+    for index, effect, ranking in rankings:
+        for place, (train_id, value) in enumerate(zip(ranking.ids.tolist(), ranking.values.tolist(), strict=True), 1):
+            labels = (number(test_labels[index]), number(train_labels[train_id]))
+            writer.writerow((index, train_id, place, effect, value, -value, *labels))
 
 
 def number(value: float) -> int | float | None:

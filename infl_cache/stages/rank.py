@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 
 class Ranking(NamedTuple):
-    """Training ids and their influence values, the strongest first."""
+    """Training ids (of a training sample: test ids) and the influence values, the strongest first."""
 
     ids: NDArray[np.int64]
     values: NDArray[np.float32]
@@ -34,6 +34,10 @@ def harmful(row: NDArray[np.float32], k: int, sign: int = 1) -> Ranking:
     [0, 3]
     """
     return _lowest(-sign * row, row, k)
+
+
+ENDS = {"helpful": helpful, "harmful": harmful}
+"""Both ends of a row by their names."""
 
 
 def _lowest(keys: NDArray[np.float32], row: NDArray[np.float32], k: int) -> Ranking:

@@ -12,18 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infl_cache.disk.durable import write_atomically
-from infl_cache.disk.matrix import MatrixFile
 from infl_cache.disk.run import RunFolder
 from infl_cache.maths.samples import fetch
 from infl_cache.maths.task import Task
 from infl_cache.stages import rank
+from infl_cache.stages.blocks import some
+from infl_cache.stages.columns import stored_column
 from infl_cache.stages.opening import log
+from infl_cache.stages.rankings import has_matrix, stored_length, stored_rankings, strongest
 from infl_cache.stages.same import check_same_task
-from infl_cache.stages.selection import count_of_tests
 from infl_cache.stages.tiles import matrix_tests, require_sound_matrix, sign_of
 
 SHOWN = 3
 NEIGHBOURS = 5
+MOST_CLASSES = 10
 PICTURE = "report/influence.png"
 
 
@@ -41,13 +43,16 @@ class Asked:
 
 def report(folder: RunFolder, task: Task | None = None) -> str:
     """The table as text; with a task whose samples are pictures, also `report/influence.png`."""
-    require_sound_matrix(folder)
+    if has_matrix(folder):
+        require_sound_matrix(folder)
     if task is not None:
         check_same_task(folder, task)
     asked = worst_test_samples(folder, SHOWN)
     labels = stored_column(folder, "grads", "target")
     names = task.classes if task is not None else None
     text = table(asked, labels, names, sign_of(folder), folder.plan("stest").get("measure", "loss"))
+    if line := most_harmful_line(folder, names):
+        text += f"\n\n{line}"
     if task is not None:
         picture = draw(folder.path / PICTURE, task, asked, labels)
         text += f"\n{picture}" if picture else ""
@@ -56,34 +61,29 @@ def report(folder: RunFolder, task: Task | None = None) -> str:
 
 def worst_test_samples(folder: RunFolder, count: int) -> list[Asked]:
     """Of the test samples asked about, those of largest loss: the predictions people ask about first."""
-    losses, tests, sign = stored_column(folder, "stest", "loss"), matrix_tests(folder), sign_of(folder)
+    losses, tests = stored_column(folder, "stest", "loss"), matrix_tests(folder)
     labels, predictions = stored_column(folder, "stest", "target"), stored_column(folder, "stest", "prediction")
-    matrix = MatrixFile(folder.path / "influence.npy")
-    try:
-        found = []
+    k, found = stored_length(folder, None, NEIGHBOURS), []
+    with strongest(folder) as ranking:
         for index in tests[np.argsort(-np.nan_to_num(losses[tests]), kind="stable")[:count]].tolist():
-            row = matrix.read(index, index + 1)[0]
             found.append(
                 Asked(index, labels[index], predictions[index], losses[index],
-                      rank.helpful(row, NEIGHBOURS, sign), rank.harmful(row, NEIGHBOURS, sign))
+                      ranking("helpful", index, k), ranking("harmful", index, k))
             )  # fmt: skip
-        return found
-    finally:
-        matrix.close()
-
-
-def stored_column(folder: RunFolder, stage: str, name: str) -> NDArray[np.float64]:
-    """A number for each sample, from a store: of test samples without a row, NaN."""
-    records, store, samples = folder.records(stage), folder.store(stage), folder.samples(stage)
-    if stage == "grads":
-        folder.require_complete(stage)
-    count = folder.plan("grads")["n_rows"] if stage == "grads" else count_of_tests(folder)
-    found = np.full(count, np.nan)
-    for block in folder.stage_blocks(stage):
-        if block.index in records:
-            folder.check_block(records[block.index])
-            found[samples[block.start : block.stop]] = store.read_block(block, [name])[name]
     return found
+
+
+def most_harmful_line(folder: RunFolder, classes: Any = None) -> str:
+    """The most harmful on average over the test samples, and the one of each of a few classes; empty without any."""
+    if 0 not in folder.records("rankings"):
+        return ""
+    kept = stored_rankings(folder)
+    text = f"Most harmful on average: {some(kept['mean_harmful_ids'][:NEIGHBOURS].tolist())}"
+    labels = kept.get("class_labels", np.empty(0))
+    if 0 < len(labels) <= MOST_CLASSES:
+        worst = zip(labels.tolist(), kept["class_harmful_ids"][:, 0].tolist(), strict=True)
+        text += f"; to class {', '.join(f'{label_text(label, classes)}: {i}' for label, i in worst if i >= 0)}"
+    return f"{text}."
 
 
 def table(

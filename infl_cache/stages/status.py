@@ -17,6 +17,7 @@ from infl_cache.errors import BadInput
 from infl_cache.progress import human_bytes, human_seconds
 from infl_cache.stages.blocks import some
 from infl_cache.stages.keeping import kept_line
+from infl_cache.stages.rankings import has_matrix
 from infl_cache.stages.rounding import rounding_line
 from infl_cache.stages.selection import as_text, count_of_tests, held_tests
 from infl_cache.stages.tiles import matrix_tests, solved
@@ -103,6 +104,8 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
             details["Gram matrix"] = f"{human_bytes(n_bytes)} in {FOLDER}, kept for more test samples; may be removed"
     if stage == "influence" and "stest" in folder.manifest.stages:
         details["test samples"] = _tests_line(folder, matrix_tests(folder))
+        if not has_matrix(folder):
+            details["matrix"] = "not kept (--no-matrix), only the rankings"
     return StageStatus(
         stage, len(records), len(every), rows_done, rows, array_bytes(records.values()), seconds, rate,
         (rows - rows_done) / rate if rate else 0.0, details,

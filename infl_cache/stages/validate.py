@@ -21,9 +21,10 @@ from infl_cache.errors import BadInput
 from infl_cache.interrupt import stop_between_blocks
 from infl_cache.maths.params import select
 from infl_cache.maths.task import Task
+from infl_cache.stages.columns import stored_column
 from infl_cache.stages.opening import as_asked, choose_device, log, memory_budget
+from infl_cache.stages.rankings import require_matrix
 from infl_cache.stages.removals import Ids, complements, groups, single_points
-from infl_cache.stages.report import stored_column
 from infl_cache.stages.retrain import Setting, measures
 from infl_cache.stages.same import check_same_identity, check_same_task
 from infl_cache.stages.scatter import draw_scatter
@@ -74,6 +75,7 @@ def validate(folder: RunFolder, task: Task, options: Options, asked: ValidateOpt
     Raises `IncompleteStore` for a run without a finished matrix, `ForeignRun` for another task than the run's, and
     `BadInput` where there is no way to retrain.
     """
+    require_matrix(folder, "of what is predicted")
     require_sound_matrix(folder)
     task = as_asked(task, options)
     parameters = select(task.model, task.parameters)

@@ -14,6 +14,7 @@ from infl_cache.disk.store import record_of_file
 from infl_cache.disk.sweep import OUTPUTS
 from infl_cache.errors import BadInput, DamagedStore
 from infl_cache.progress import progress
+from infl_cache.stages.rankings import has_matrix
 from infl_cache.stages.tiles import checked_tiles, planned_tiles
 
 STORES = ("grads", "stest")
@@ -71,7 +72,7 @@ def _of(rows: str | None) -> str:
 
 def _matrix_faults(folder: RunFolder) -> list[str]:
     records: dict[int, BlockRecord] = folder.records("influence")
-    if not records or not {"grads", "stest"} <= set(folder.manifest.stages):
+    if not records or not has_matrix(folder) or not {"grads", "stest"} <= set(folder.manifest.stages):
         return []
     try:
         checked_tiles(folder, planned_tiles(folder))
