@@ -71,6 +71,7 @@ class Standings:
 
     def add(self, tests: Ids, column: int, values: Floats) -> None:
         """A tile: influences (len(tests), width) on the test samples `tests`, of training samples from `column` on."""
+        values = np.asarray(values, np.float32)
         for across in blocks(values.shape[1], COLUMNS):
             for down in blocks(len(tests), max(1, PAIRS // across.rows)):
                 piece = values[down.start : down.stop, across.start : across.stop]
@@ -240,7 +241,8 @@ def _sorted_by_row(found: Ids, mask: NDArray[np.bool_]) -> tuple[Ids, Ids]:
         row, place = np.divmod(found, mask.shape[1])
         return row, place
     place, row = np.divmod(found, mask.shape[0])
-    order = np.argsort(row.astype(np.uint16), kind="stable")  # short integers are sorted by counting
+    # Short integers are sorted by counting.
+    order = np.argsort(row.astype(np.uint16) if mask.shape[0] <= 1 << 16 else row, kind="stable")
     return row[order], place[order]
 
 

@@ -184,3 +184,19 @@ def test_codes_order_as_the_values_do_down_to_the_smallest():
     assert np.array_equal(decoded(codes)[0], keys)
     equal = encoded(np.zeros(2, np.float32), np.array([2**32 - 1, 2**31]))
     assert (equal[0] > equal[1], decoded(equal)[1].tolist()) == (True, [2**32 - 1, 2**31])
+
+
+def test_more_rows_than_short_integers_can_count_in_either_order():
+    matrix = np.random.default_rng(1).standard_normal((70_000, 24))
+    before = plain_ends(matrix.astype(np.float32))
+    for given_as in (matrix, np.asfortranarray(matrix.astype(np.float32))):
+        found = Standings(*matrix.shape, 2, 3, 1, None, 0)
+        for start, stop in ((0, 20), (20, 24)):
+            found.add(np.arange(len(matrix)), start, given_as[:, start:stop])
+        arrays = found.arrays()
+        np.testing.assert_array_equal(arrays["helpful_ids"], before[0])
+        np.testing.assert_array_equal(arrays["train_harmful_ids"], before[1])
+
+
+def plain_ends(matrix):
+    return np.argsort(matrix, axis=1, kind="stable")[:, :2], np.argsort(-matrix.T, axis=1, kind="stable")[:, :3]
