@@ -13,7 +13,7 @@ from infl_cache.errors import BadInput
 OUTPUTS = {
     "grads": ("grad_z.zarr",),
     "stest": ("s_test.zarr", "s_test.state", "s_test.fit", TILES),
-    "influence": ("influence.npy", "influence.partial.npy"),
+    "influence": ("influence.npy", "influence.partial.npy", "influence.state"),
     "rankings": ("rankings.npz",),
 }
 # Figures and pictures of a finished run, and the retrainings that they are made of: no claim of the ledger's.

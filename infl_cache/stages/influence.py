@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from infl_cache.disk.durable import crc32c, sync_folders
+from infl_cache.disk.durable import sync_folders
 from infl_cache.disk.layout import Block
-from infl_cache.disk.ledger import FileRecord
 from infl_cache.disk.matrix import Floats, MatrixFile, create_matrix
 from infl_cache.disk.run import Force, RunFolder
 from infl_cache.disk.store import Store
@@ -29,11 +29,13 @@ from infl_cache.progress import progress
 from infl_cache.stages.blocks import some
 from infl_cache.stages.grads import grads, rows_at_once
 from infl_cache.stages.opening import Opened, StageResult, log, summary
-from infl_cache.stages.rankings import write_rankings
+from infl_cache.stages.rankings import ROOM, has_matrix, new_standings, write_rankings
 from infl_cache.stages.rounding import TEST_SAMPLES, measured_rounding
 from infl_cache.stages.same import check_against_store
 from infl_cache.stages.selection import asked_tests, held_tests
 from infl_cache.stages.source import piece_reader
+from infl_cache.stages.standings import Standings
+from infl_cache.stages.tally import IntoMatrix, IntoRankings, Tally, column_mask, tiles_done
 from infl_cache.stages.tiles import (
     FINAL,
     PARTIAL,
@@ -60,6 +62,8 @@ def influence(run: Opened, force: Force = False) -> StageResult:
     _require_asked(run)
     identity = {"grads": folder.fingerprint("grads"), "stest": folder.fingerprint("stest")}
     plan = folder.claim("influence", run.task_identity, identity, force)
+    if plan is not None and _must_begin_anew(run, plan):
+        plan = folder.claim("influence", run.task_identity, identity, True)
     check_against_store(run, "grads")
     check_against_store(run, "stest")
     if plan is None:
@@ -67,12 +71,13 @@ def influence(run: Opened, force: Force = False) -> StageResult:
     else:
         _extend(folder)
     tiles = planned_tiles(folder)
-    done = checked_tiles(folder, tiles)
+    done = checked_tiles(folder, tiles) if has_matrix(folder) else tiles_done(run)
     todo = [tile for tile in tiles if tile.index not in done]
-    if todo:
-        _compute(run, tiles, todo, skipped_train)
+    standings = _compute(run, tiles, todo, skipped_train) if todo else None
     _finish(folder)
-    write_rankings(run, bool(force) or bool(todo))
+    if standings is None and not has_matrix(folder):
+        IntoRankings(run, standings := new_standings(run))
+    write_rankings(run, bool(force) or bool(todo), standings)
     notes = [f"test samples {some(skipped_test)} have no s_test; their rows are NaN"] if skipped_test else []
     if skipped_train:
         notes.append(f"train samples {some(skipped_train)} have no finite gradient; their columns are NaN")
@@ -134,7 +139,24 @@ def _plan(run: Opened) -> dict[str, Any]:
     tile_blocks = max(1, TILE_COLUMNS // run.folder.plan("grads")["block_rows"])
     tests = uncovered(run.folder, 0, tile_rows)
     sizes = {"tile_rows": tile_rows, "tile_blocks": tile_blocks, "tests": tests}
+    if not run.options.influence.matrix:
+        # What fits is settled here: a run goes on with another --memory.
+        sizes |= {"matrix": False, "room": run.budget // ROOM}
     return {"n_rows": _n_tiles(run.folder, tests, tile_blocks), "block_rows": 1, **sizes}
+
+
+def _must_begin_anew(run: Opened, plan: Mapping[str, Any]) -> bool:
+    """Whether what is there is of no use: a matrix is wanted that is not kept, or its rankings are of another length.
+
+    A finished matrix stays where none is asked for.
+    """
+    wanted, kept = run.options.influence.matrix, bool(plan.get("matrix", True))
+    if wanted and kept:
+        return False
+    records = run.folder.records("influence")
+    if kept:
+        return len(records) < int(plan["n_rows"])
+    return wanted or (bool(records) and not tiles_done(run))
 
 
 def _n_tiles(folder: RunFolder, tests: Sequence[Sequence[int]], tile_blocks: int) -> int:
@@ -166,25 +188,27 @@ def _open_matrix(run: Opened, anew: bool) -> MatrixFile:
     return MatrixFile(partial, writable=True)
 
 
-def _compute(run: Opened, tiles: Sequence[Tile], todo: Sequence[Tile], skipped: Sequence[int]) -> None:
-    """Fill, sync and commit the given tiles."""
+def _compute(run: Opened, tiles: Sequence[Tile], todo: Sequence[Tile], skipped: Sequence[int]) -> Standings | None:
+    """Compute the given tiles; return what all tiles add up to, unless some of them passed in an earlier process."""
     folder = run.folder
     forms = Forms.from_json(folder.plan("grads")["forms"])
     samples = folder.samples("stest")
-    matrix = _open_matrix(run, anew=len(todo) == len(tiles))
+    anew = len(todo) == len(tiles)
+    standings = new_standings(run) if anew or not has_matrix(folder) else None
     total, left = (sum(len(tested(samples, tile.test)) * tile.width for tile in chosen) for chosen in (tiles, todo))
-    try:
-        with progress("influence", total, total - left, "pair", run.options.resources.progress) as bar:
-            for tile, values, seconds in _tile_values(run, forms, todo):
-                values[:, np.isin(np.arange(tile.columns.start, tile.columns.stop), skipped)] = np.nan
-                matrix.write_rows(tested(samples, tile.test), tile.columns.start, values)
-                matrix.sync()
-                record = FileRecord(FINAL, values.nbytes, crc32c(values.tobytes()))
-                folder.commit("influence", Block(tile.index, tile.index, tile.index + 1), [record], seconds)
-                bar.advance(values.size)
-                run.check()
-    finally:
-        matrix.close()
+    tally: Tally
+    if has_matrix(folder):
+        tally = IntoMatrix(folder, _open_matrix(run, anew), standings)
+    else:
+        assert standings is not None
+        tally = IntoRankings(run, standings)
+    with closing(tally), progress("influence", total, total - left, "pair", run.options.resources.progress) as bar:
+        for tile, values, seconds in _tile_values(run, forms, todo):
+            values[:, column_mask(tile.columns, skipped)] = np.nan
+            tally.put(tile, values, seconds)
+            bar.advance(values.size)
+            run.check()
+    return standings
 
 
 def _tile_values(run: Opened, forms: Forms, todo: Sequence[Tile]) -> Iterator[tuple[Tile, Floats, float]]:

@@ -41,9 +41,10 @@ RankingOf = Callable[[str, int, int], Ranking]
 def new_standings(run: Opened) -> Standings:
     """What the tiles of the run's matrix are to be added to: nothing has been yet."""
     folder, options = run.folder, run.options.influence
+    room = folder.plan("influence").get("room", run.budget // ROOM)
     return Standings(
         count_of_tests(folder), len(run.task.train), options.top_k, options.top_k_train, sign_of(folder),
-        classes_of(stored_column(folder, "stest", "target")), run.budget // ROOM,
+        classes_of(stored_column(folder, "stest", "target")), room,
     )  # fmt: skip
 
 
