@@ -20,19 +20,22 @@ from typing import Any
 
 import torch
 from measuring import between, chosen, circumstances, in_turns, number, peak_memory, published, say, spread, table
-from peer_influence import DAMPING, DEPTH, JOBS, SAMPLE_BATCH, SCALE, Peer
+from peer_influence import DAMPING, DEPTH, SAMPLE_BATCH, SCALE, Peer, jobs
 from plain_job import plain_job
 from plain_scores import elapsed
 from workloads import WORKLOADS, Workload
 
 from infl_cache import Run
+from infl_cache.stages.rank import Ranking
 
 SAMPLES, TESTS = {"W1": 2000, "W2": 1000}, 20
-QUICK_SAMPLES, QUICK_TESTS, QUICK_FIT = {"W1": 64, "W2": 24}, 3, 32
-PACKAGES = ("torch", "numpy", "zarr", "numcodecs", "infl_cache", *dict.fromkeys(each.distribution for each in JOBS))
-# The recursion of the others: so many steps, none fewer.
-RECURSION = {"depth": DEPTH, "repeats": 1, "scale": SCALE, "sample_batch": SAMPLE_BATCH, "tolerance": 0.0}
-OURS: dict[str, dict[str, Any]] = {"lissa": RECURSION, "fisher": {}, "ekfac": {}, "cg": {}, "pcg": {}}
+QUICK_SAMPLES, QUICK_TESTS, QUICK_FIT, QUICK_DEPTH = {"W1": 64, "W2": 24}, 3, 32, 5
+PEERS = tuple(peer.key for peer in jobs(DEPTH))
+DISTRIBUTIONS = tuple(dict.fromkeys(peer.distribution for peer in jobs(DEPTH)))
+PACKAGES = ("torch", "numpy", "zarr", "numcodecs", "infl_cache", *DISTRIBUTIONS)
+# The recursion of the others: as many steps as are asked for, none fewer.
+RECURSION = {"repeats": 1, "scale": SCALE, "sample_batch": SAMPLE_BATCH, "tolerance": 0.0}
+OURS = ("lissa", "fisher", "ekfac", "cg", "pcg")
 PLAIN = "plain"
 
 
@@ -54,9 +57,10 @@ class Turn:
     memory: float
 
 
-def own_job(workload: Workload, solver: str, folder: Path) -> object:
+def own_job(workload: Workload, solver: str, depth: int, folder: Path) -> Ranking:
     """A run in a fresh folder: the task opened, gradients, s_test, the matrix and its rankings."""
-    run = Run(folder / "run", workload.task(), solver=solver, damping=DAMPING, progress=False, **OURS[solver])
+    options = {"depth": depth, **RECURSION} if solver == "lissa" else {}
+    run = Run(folder / "run", workload.task(), solver=solver, damping=DAMPING, progress=False, **options)
     run.all()
     return run.helpful(0, k=10)
 
@@ -66,18 +70,18 @@ def peer_job(peer: Peer, workload: Workload, samples: int, folder: Path) -> obje
     return peer(workload, folder, samples)
 
 
-def contestants_of(workload: Workload, only: Sequence[str]) -> tuple[list[Contestant], dict[str, str]]:
+def contestants_of(workload: Workload, only: Sequence[str], depth: int) -> tuple[list[Contestant], dict[str, str]]:
     """Who takes part, and why others do not."""
     count, skipped = len(workload.train), {}
     found = [
-        Contestant(solver, f"infl_cache, {solver}", count, partial(own_job, workload, solver))
+        Contestant(solver, f"infl_cache, {solver}", count, partial(own_job, workload, solver, depth))
         for solver in OURS
         if solver in only
     ]
     if PLAIN in only:
-        found.append(Contestant(PLAIN, "plain PyTorch, LiSSA, rows in a .npy file", count,
-                                lambda folder: plain_job(workload, folder, count)))  # fmt: skip
-    for peer in JOBS:
+        job = partial(plain_job, workload, count=count, depth=depth)
+        found.append(Contestant(PLAIN, "plain PyTorch, LiSSA, rows in a .npy file", count, job))
+    for peer in jobs(depth):
         if peer.key not in only:
             continue
         if not peer.installed:
@@ -107,7 +111,7 @@ def turn(contestant: Contestant, folder: Path, failed: dict[str, str]) -> Turn |
 
 def bench(workload: Workload, settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All jobs over one workload: seconds, and for each of ours how many times as long another took."""
-    contestants, skipped = contestants_of(workload, settings.only)
+    contestants, skipped = contestants_of(workload, settings.only, settings.depth)
     failed: dict[str, str] = {}
     turns = in_turns({each.key: partial(turn, each, folder, failed) for each in contestants}, settings.rounds)
     skipped |= {each.title: failed[each.key] for each in contestants if each.key in failed}
@@ -162,10 +166,11 @@ def prepared(name: str, settings: argparse.Namespace) -> Workload:
 def asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    keys = [*OURS, PLAIN, *(peer.key for peer in JOBS)]
+    keys = [*OURS, PLAIN, *PEERS]
     parser.add_argument("--workloads", default="W1", help="some of W1,W2; W1 by default")
     parser.add_argument("--samples", type=int, help="training samples")
     parser.add_argument("--tests", type=int, help="test samples")
+    parser.add_argument("--depth", type=int, help=f"steps of a recursion; {DEPTH} if not given")
     parser.add_argument("--only", default=",".join(keys), help=f"some of {','.join(keys)}; all by default")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; the figures say little")
@@ -174,8 +179,10 @@ def asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     settings = parser.parse_args(arguments)
     settings.workloads = chosen(parser, "workloads", settings.workloads, list(SAMPLES))
     settings.only = chosen(parser, "only", settings.only, keys)
-    if min(settings.rounds, *(1 if each is None else each for each in (settings.samples, settings.tests))) < 1:
-        parser.error("--rounds, --samples and --tests: expected at least 1")
+    for name in ("rounds", "samples", "tests", "depth"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            parser.error(f"--{name}: expected at least 1, found {value}")
+    settings.depth = settings.depth or (QUICK_DEPTH if settings.quick else DEPTH)
     return settings
 
 
@@ -192,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         about = {"workload": name, "part": "job", "title": workload.title, "n_params": workload.n_params,
                  "n_train": len(workload.train), "n_test": len(workload.test)}  # fmt: skip
         record = {**about, **found, "damping": DAMPING, "rounds": settings.rounds, "quick": settings.quick,
-                  "recursion": RECURSION, **circumstances(PACKAGES)}  # fmt: skip
+                  "recursion": {"depth": settings.depth, **RECURSION}, **circumstances(PACKAGES)}  # fmt: skip
         published(record, report(record), settings.json)
 
 

@@ -30,8 +30,6 @@ DEPTH, SAMPLE_BATCH, SCALE = 100, 64, 100.0
 FIT_BATCH, TRAIN_BATCH = 256, 16
 
 Score = Callable[[], Any]
-Prepare = Callable[[Workload, Path, int], Score]
-Whole = Callable[[Workload, Path, int], Any]
 
 
 @dataclass(frozen=True)
@@ -133,14 +131,14 @@ def kronfluence_scorer(workload: Workload, folder: Path, count: int) -> Score:
 # ---- pyDVL
 
 
-def pydvl_model(workload: Workload, count: int, name: str) -> Any:
-    """pyDVL's LiSSA or EK-FAC with the true diagonal, fitted."""
+def pydvl_model(workload: Workload, count: int, depth: int | None) -> Any:
+    """pyDVL's LiSSA of so many steps, or its EK-FAC with the true diagonal, fitted."""
     library, model = importlib.import_module("pydvl.influence.torch"), copy.deepcopy(workload.model)
     size = FIT_BATCH
-    if name == "lissa":
+    if depth is not None:
         size = SAMPLE_BATCH
         made = library.LissaInfluence(
-            model, mean_loss(workload), regularization=DAMPING, maxiter=DEPTH, scale=SCALE, rtol=0.0,
+            model, mean_loss(workload), regularization=DAMPING, maxiter=depth, scale=SCALE, rtol=0.0,
             warn_on_max_iteration=False,
         )  # fmt: skip
     else:
@@ -156,11 +154,11 @@ def pydvl_scores(calculator: Any, factors: Sequence[Tensor], workload: Workload,
     return lazy.to_zarr(str(folder / "scores"), converter, return_stored=True, overwrite=True)
 
 
-def pydvl_job(workload: Workload, folder: Path, count: int, name: str) -> Any:
+def pydvl_job(workload: Workload, folder: Path, count: int, depth: int | None) -> Any:
     """Fit, factors of the test samples into a Zarr array, then scores from them into another."""
     influence = importlib.import_module("pydvl.influence")
     converter = importlib.import_module("pydvl.influence.torch.util").TorchNumpyConverter()
-    calculator = influence.SequentialInfluenceCalculator(pydvl_model(workload, count, name))
+    calculator = influence.SequentialInfluenceCalculator(pydvl_model(workload, count, depth))
     tests = DataLoader(workload.test, batch_size=len(workload.test))
     kept = calculator.influence_factors(tests).to_zarr(str(folder / "factors"), converter, return_stored=True)
     return pydvl_scores(calculator, [torch.from_numpy(np.asarray(kept[:]))], workload, folder, count)[:]
@@ -169,7 +167,7 @@ def pydvl_job(workload: Workload, folder: Path, count: int, name: str) -> Any:
 def pydvl_scorer(workload: Workload, folder: Path, count: int) -> Score:
     """Scores from factors that are in memory."""
     influence = importlib.import_module("pydvl.influence")
-    calculator = influence.SequentialInfluenceCalculator(pydvl_model(workload, count, "lissa"))
+    calculator = influence.SequentialInfluenceCalculator(pydvl_model(workload, count, 1))
     factors = torch.randn(len(workload.test), workload.n_params, generator=torch.Generator().manual_seed(0))
 
     def score() -> Any:
@@ -316,16 +314,20 @@ SCORERS = (
     Peer("logix", "LogIX, from its log", "logix", "logix-ai", 256, logix_scorer),
     Peer("bergson", "bergson, index in memory", "bergson", "bergson", 512, bergson_scorer),
 )
-JOBS = (
-    Peer("pydvl-lissa", "pyDVL, LiSSA", "pydvl", "pyDVL", EVERY, partial(pydvl_job, name="lissa")),
-    Peer("pydvl-ekfac", "pyDVL, EK-FAC", "pydvl", "pyDVL", EVERY, partial(pydvl_job, name="ekfac")),
-    Peer("kronfluence-ekfac", "kronfluence, EK-FAC", "kronfluence", "kronfluence", EVERY, kronfluence_job),
-    Peer("captum-arnoldi", "captum, Arnoldi", "captum", "captum", EVERY, captum_job),
-    Peer("trak-512", "TRAK, 512 projections", "trak", "traker", EVERY, partial(trak_job, size=512, batch=500)),
-    Peer("trak-2048", "TRAK, 2,048 projections", "trak", "traker", EVERY, partial(trak_job, size=2048, batch=1000)),
-    Peer("logix-32", "LogIX, rank 32, raw", "logix", "logix-ai", EVERY,
-         partial(logix_job, lora="random", hessian="raw", rank=32, size=64)),
-    Peer("logix-kfac", "LogIX, unprojected, K-FAC", "logix", "logix-ai", 512,
-         partial(logix_job, lora="none", hessian="kfac", rank=64, size=16)),
-    Peer("bergson-dot", "bergson, no curvature", "bergson", "bergson", EVERY, bergson_job),
-)  # fmt: skip
+
+
+def jobs(depth: int) -> tuple[Peer, ...]:
+    """Whole jobs; a recursion takes so many steps."""
+    return (
+        Peer("pydvl-lissa", "pyDVL, LiSSA", "pydvl", "pyDVL", EVERY, partial(pydvl_job, depth=depth)),
+        Peer("pydvl-ekfac", "pyDVL, EK-FAC", "pydvl", "pyDVL", EVERY, partial(pydvl_job, depth=None)),
+        Peer("kronfluence-ekfac", "kronfluence, EK-FAC", "kronfluence", "kronfluence", EVERY, kronfluence_job),
+        Peer("captum-arnoldi", "captum, Arnoldi", "captum", "captum", EVERY, captum_job),
+        Peer("trak-512", "TRAK, 512 projections", "trak", "traker", EVERY, partial(trak_job, size=512, batch=500)),
+        Peer("trak-2048", "TRAK, 2,048 projections", "trak", "traker", EVERY, partial(trak_job, size=2048, batch=1000)),
+        Peer("logix-32", "LogIX, rank 32, raw", "logix", "logix-ai", EVERY,
+             partial(logix_job, lora="random", hessian="raw", rank=32, size=64)),
+        Peer("logix-kfac", "LogIX, unprojected, K-FAC", "logix", "logix-ai", 512,
+             partial(logix_job, lora="none", hessian="kfac", rank=64, size=16)),
+        Peer("bergson-dot", "bergson, no curvature", "bergson", "bergson", EVERY, bergson_job),
+    )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peer_influence import DAMPING, DEPTH, SAMPLE_BATCH, SCALE
+from peer_influence import DAMPING, SAMPLE_BATCH, SCALE
 from torch import Tensor
 from workloads import Workload
 
@@ -44,7 +44,7 @@ def hessian_rows(workload: Workload, x: Tensor, y: Tensor, rows: Tensor) -> Tens
     return torch.cat([each.flatten(1) for each in found], 1)
 
 
-def lissa(workload: Workload, rhs: Tensor, count: int, depth: int = DEPTH) -> Tensor:
+def lissa(workload: Workload, rhs: Tensor, count: int, depth: int) -> Tensor:
     """`h <- rhs + h - (H_batch h + damping h) / scale`, so many times; `h / scale`."""
     generator, h = torch.Generator().manual_seed(0), rhs.clone()
     x, y = (tensor[:count] for tensor in workload.train.tensors)
@@ -54,9 +54,9 @@ def lissa(workload: Workload, rhs: Tensor, count: int, depth: int = DEPTH) -> Te
     return h / SCALE
 
 
-def plain_job(workload: Workload, folder: Path, count: int) -> Tensor:
+def plain_job(workload: Workload, folder: Path, count: int, depth: int) -> Tensor:
     """Influences (n_test, count): s_test of all test samples at once, gradients to the disk, products from there."""
-    s_test = lissa(workload, gradient_rows(workload, *workload.test.tensors), count)
+    s_test = lissa(workload, gradient_rows(workload, *workload.test.tensors), count, depth)
     file, (x, y) = folder / "gradients.npy", workload.train.tensors
     shape = (count, workload.n_params)
     rows = np.lib.format.open_memmap(file, "w+", np.float32, shape)
