@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from measuring import between, chosen, circumstances, in_turns, number, peak_mem
 from peer_influence import DAMPING, DEPTH, SAMPLE_BATCH, SCALE, Peer, jobs
 from plain_job import plain_job
 from plain_scores import elapsed
+from torch.utils.data import TensorDataset
 from workloads import WORKLOADS, Workload
 
 from infl_cache import Run
@@ -30,6 +31,8 @@ from infl_cache.stages.rank import Ranking
 
 SAMPLES, TESTS = {"W1": 2000, "W2": 1000}, 20
 QUICK_SAMPLES, QUICK_TESTS, QUICK_FIT, QUICK_DEPTH = {"W1": 64, "W2": 24}, 3, 32, 5
+# Samples of a first call.
+FEW = 64
 PEERS = tuple(peer.key for peer in jobs(DEPTH))
 DISTRIBUTIONS = tuple(dict.fromkeys(peer.distribution for peer in jobs(DEPTH)))
 PACKAGES = ("torch", "numpy", "zarr", "numcodecs", "infl_cache", *DISTRIBUTIONS)
@@ -109,10 +112,20 @@ def turn(contestant: Contestant, folder: Path, failed: dict[str, str]) -> Turn |
     return Turn(seconds, peak["peak_rss_mb"] - before)
 
 
+def warm_up(workload: Workload, settings: argparse.Namespace, folder: Path) -> None:
+    """Every job once over a few samples: imports and first calls are not on the clock. Who fails may try again."""
+    train = TensorDataset(*(tensor[:FEW] for tensor in workload.train.tensors))
+    for each in contestants_of(replace(workload, train=train), settings.only, QUICK_DEPTH)[0]:
+        say(f"warming up {each.key}")
+        turn(each, folder, {})
+
+
 def bench(workload: Workload, settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All jobs over one workload: seconds, and for each of ours how many times as long another took."""
     contestants, skipped = contestants_of(workload, settings.only, settings.depth)
     failed: dict[str, str] = {}
+    if not settings.quick:
+        warm_up(workload, settings, folder)
     turns = in_turns({each.key: partial(turn, each, folder, failed) for each in contestants}, settings.rounds)
     skipped |= {each.title: failed[each.key] for each in contestants if each.key in failed}
     left = [each for each in contestants if each.key not in failed]

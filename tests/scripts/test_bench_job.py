@@ -70,6 +70,20 @@ def test_a_job_that_fails_is_named_and_a_smaller_one_counts_in_proportion(script
     assert small["over"]["lissa"]["median"] == 3.0
 
 
+def test_every_job_is_called_once_before_the_clock_runs(scripts, workload, tmp_path, monkeypatch):
+    script, calls = scripts("bench_job"), []
+
+    def contestants(workload, only, depth):
+        calls.append(len(workload.train))
+        job = calls.append
+        return [script.Contestant("plain", "plain", len(workload.train), lambda folder: job("called"))], {}
+
+    monkeypatch.setattr(script, "FEW", 9)
+    monkeypatch.setattr(script, "contestants_of", contestants)
+    script.bench(workload, script.asked(["--rounds", "2", "--only", "plain"]), tmp_path)
+    assert calls == [70, 9, "called", "called", "called"]
+
+
 def test_our_own_failure_is_no_line_in_a_table(scripts, tmp_path):
     script = scripts("bench_job")
     with pytest.raises(ZeroDivisionError):
