@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import bytes_below, device_name, number, peak_memory, say, spread, sync_below, table, versions
+from measuring import bytes_below, chosen, device_name, number, peak_memory, say, spread, sync_below, table, versions
 from peer_caches import PEERS, Peer
 from torch import Tensor
 from workloads import WORKLOADS, Data, Workload
@@ -433,15 +433,6 @@ def asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     if settings.rounds < 1 or (settings.samples is not None and settings.samples < 1):
         parser.error("--rounds and --samples: expected at least 1")
     return settings
-
-
-def chosen(parser: argparse.ArgumentParser, name: str, text: str, known: Sequence[str]) -> list[str]:
-    """The words of a list with commas, each of which must be known."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    unknown = [word for word in words if word not in known]
-    if unknown or not words:
-        parser.error(f"--{name}: expected some of {','.join(known)}, found {','.join(unknown) or 'none'}")
-    return list(dict.fromkeys(words))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

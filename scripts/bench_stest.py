@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import gc
-import json
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_grads import chosen
-from measuring import device_name, number, say, spread, table, versions
+from measuring import between, chosen, circumstances, in_turns, number, published, say, spread, table
 from peer_solvers import PEER_SOLVERS, PEER_WAYS, installed, right_hand_sides, silent, solved
 from products import TOGETHER, WAYS, Products, TooLarge, Way
 from solving import CHOICES, Choice, first_tests, whole_stage
@@ -159,17 +155,6 @@ def bench_products(scale: Scale, settings: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def in_turns(turns: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
-    """What one turn of each after the other gives, `rounds` times."""
-    found: dict[str, list[Any]] = {key: [] for key in turns}
-    for done in range(rounds):
-        for key, turn in turns.items():
-            say(f"round {done + 1} of {rounds}: {key}")
-            gc.collect()
-            found[key].append(turn())
-    return found
-
-
 def with_gradients(scale: Scale, tests: int, folder: Path) -> Any:
     """The task of a whole stage, and its stage 1 done in `folder`."""
     task = first_tests(scale.workload.task(scale.stage_samples), tests)
@@ -258,11 +243,6 @@ def bench_peers(scale: Scale, settings: argparse.Namespace) -> dict[str, Any]:
             "contestants": rows}  # fmt: skip
 
 
-def between(values: dict[str, float]) -> str:
-    """A median with its range."""
-    return f"{number(values['median'])} ({number(values['low'])}-{number(values['high'])})"
-
-
 def report(record: dict[str, Any]) -> str:
     """The table of one part of one workload."""
     part, each_of = record["part"], record.get("contestants", [])
@@ -340,14 +320,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if part == "fisher" and name != "W1":
                 continue
             about = {"workload": name, "part": part, "title": scale.workload.title, "n_params": scale.workload.n_params}
-            where = {"device_name": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
-            when = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
             record = {**about, **measured(part, scale, settings), "damping": DAMPING, "rounds": settings.rounds,
-                      "quick": settings.quick, **where, "versions": versions(PACKAGES), **when}  # fmt: skip
-            print(report(record), end="\n\n", flush=True)
-            if settings.json:
-                with settings.json.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+                      "quick": settings.quick, **circumstances(PACKAGES)}  # fmt: skip
+            published(record, report(record), settings.json)
 
 
 if __name__ == "__main__":

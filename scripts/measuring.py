@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import gc
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -44,6 +49,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
+def in_turns(turns: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
+    """What one turn of each after the other gives, `rounds` times."""
+    found: dict[str, list[Any]] = {key: [] for key in turns}
+    for done in range(rounds):
+        for key, turn in turns.items():
+            say(f"round {done + 1} of {rounds}: {key}")
+            gc.collect()
+            found[key].append(turn())
+    return found
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Text in columns, the first to the left and the others to the right."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
@@ -63,6 +79,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3g}"
 
 
+def between(values: dict[str, float]) -> str:
+    """A median with its range."""
+    return f"{number(values['median'])} ({number(values['low'])}-{number(values['high'])})"
+
+
 def bytes_below(folder: Path) -> int:
     """The sizes of all files below a folder; holes in them take no room."""
     known = [path.stat() for path in folder.rglob("*") if path.is_file()]
@@ -76,6 +97,29 @@ def sync_below(folder: Path) -> None:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
+
+
+def forget(folders: Iterable[Path]) -> None:
+    """Take all files of the folders out of the page cache, once they are on the disk: the next reader finds it cold."""
+    for path in files_of(folders):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def recall(folders: Iterable[Path]) -> None:
+    """Read all files of the folders once, so that the next reader finds them in the page cache."""
+    buffer = bytearray(2**22)
+    for path in files_of(folders):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def files_of(folders: Iterable[Path]) -> list[Path]:
+    """Every file below the folders; a file stands for itself."""
+    return [path for folder in folders for path in (folder, *sorted(folder.rglob("*"))) if path.is_file()]
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -98,6 +142,33 @@ def device_name(device: torch.device) -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def circumstances(packages: Iterable[str]) -> dict[str, Any]:
+    """Where, when and with what it was measured."""
+    return {
+        "device_name": device_name(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "versions": versions(packages),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def published(record: dict[str, Any], text: str, file: Path | None) -> None:
+    """Print a record's table, and append the record to the file as one line of JSON."""
+    print(text, end="\n\n", flush=True)
+    if file:
+        with file.open("a") as opened:
+            opened.write(json.dumps(record) + "\n")
+
+
+def chosen(parser: argparse.ArgumentParser, name: str, text: str, known: Sequence[str]) -> list[str]:
+    """The words of a list with commas, each of which must be known."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [word for word in words if word not in known]
+    if unknown or not words:
+        parser.error(f"--{name}: expected some of {','.join(known)}, found {','.join(unknown) or 'none'}")
+    return list(dict.fromkeys(words))
 
 
 def say(line: str) -> None:

@@ -132,7 +132,7 @@ def logix(workload: Workload, folder: Path, count: int, size: int) -> None:
     run.finalize()
 
 
-class _AsSequence(nn.Module):
+class AsSequence(nn.Module):
     """An MLP that takes its input for a sequence of one position, as bergson's hooks want it."""
 
     device = torch.device("cpu")
@@ -149,13 +149,19 @@ class _AsSequence(nn.Module):
 
 def bergson(workload: Workload, folder: Path, count: int, size: int) -> None:
     """bergson's index: one float32 memory map; MLPs only."""
+    bergson_index(workload, folder, count, size)
+
+
+def bergson_index(workload: Workload, folder: Path, count: int, size: int) -> tuple[Any, Any]:
+    """Write the index; its collector and its configuration, which knows where it lies."""
     if workload.name != "W1":
         raise NotImplementedError("its hooks take sequences, not images")
     library, datasets = importlib.import_module("bergson"), importlib.import_module("datasets")
-    model = _AsSequence(copy.deepcopy(workload.model))
+    model = AsSequence(copy.deepcopy(workload.model))
+    config = library.IndexConfig(run_path=str(folder / "index"), include_bias=True)
     collector = library.GradientCollector(
         model=model,
-        cfg=library.IndexConfig(run_path=str(folder / "index"), include_bias=True),
+        cfg=config,
         data=datasets.Dataset.from_dict({"input_ids": [[1]] * count, "length": [1] * count}),
         processor=library.GradientProcessor(include_bias=True, projection_dim=None),
     )
@@ -168,6 +174,7 @@ def bergson(workload: Workload, folder: Path, count: int, size: int) -> None:
             collector.process_batch(list(range(done, done + len(x))), losses=losses.detach())
         done += len(x)
     collector.teardown()
+    return collector, config
 
 
 PEERS = (

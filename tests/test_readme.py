@@ -99,5 +99,6 @@ def test_make_bench_runs_the_scripts_that_are_there():
     words = ["make", "-n", "bench", "STAMP=Makefile"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     scripts = re.findall(r"scripts/\S+\.py", done.stdout)
-    assert scripts == ["scripts/bench_grads.py", "scripts/bench_store.py", "scripts/bench_stest.py"]
+    names = ("grads", "store", "stest", "influence", "job")
+    assert scripts == [f"scripts/bench_{name}.py" for name in names]
     assert all((ROOT / script).is_file() for script in scripts)
