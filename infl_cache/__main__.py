@@ -224,8 +224,7 @@ def _run_stages(names: Sequence[str], given: Namespace) -> None:
 def _self_influence(given: Namespace) -> None:
     run, force = _prepared(given)
     print(_result_line(run.self_influence(force)), flush=True)
-    if run.task is not None:
-        print("\n" + suspects_report(RunFolder(run.path), run.task))
+    print("\n" + suspects_report(RunFolder(run.path), run.task))
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -244,7 +243,8 @@ def _lasting(reference: str) -> str:
 
 def _result_line(result: StageResult) -> str:
     done = "nothing left to do" if not result.computed else f"{result.computed:,} of {result.rows:,} rows computed"
-    return f"{result.stage.replace('_', '-'):10s} {done}, {human_bytes(result.n_bytes)} on disk, {human_seconds(result.seconds)}"
+    name = result.stage.replace("_", "-")
+    return f"{name:10s} {done}, {human_bytes(result.n_bytes)} on disk, {human_seconds(result.seconds)}"
 
 
 def _validate(given: Namespace) -> None:

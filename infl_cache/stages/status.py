@@ -65,9 +65,9 @@ class Status:
                 continue
             left = f", {human_seconds(each.eta)} left" if each.rate else ""
             state = "done" if each.complete else f"{each.blocks_done / each.blocks:.0%}{left}"
-            unit = "tiles" if each.stage == "influence" else "rows"
+            unit, name = "tiles" if each.stage == "influence" else "rows", each.stage.replace("_", "-")
             lines.append(
-                f"  {each.stage.replace('_', '-'):10s} {each.rows_done:,} of {each.rows:,} {unit} ({state}), {human_bytes(each.n_bytes)},"
+                f"  {name:10s} {each.rows_done:,} of {each.rows:,} {unit} ({state}), {human_bytes(each.n_bytes)},"
                 f" {human_seconds(each.seconds)}, {each.rate:,.1f} {unit}/s"
             )
             lines += [f"             {key}: {value}" for key, value in each.details.items()]

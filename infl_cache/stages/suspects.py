@@ -59,17 +59,17 @@ def write_ranking(run: Opened, anew: bool) -> None:
     folder.commit(stage, Block(0, 0, 1), [folder.record_file(FILE)], time.perf_counter() - started)
 
 
-def suspects_report(folder: RunFolder, task: Task) -> str:
+def suspects_report(folder: RunFolder, task: Task | None) -> str:
     """The table of the largest self-influences as text, and the path of the picture if there is one."""
-    values = column(folder, "self_influence")
+    values, classes = column(folder, "self_influence"), task.classes if task is not None else None
     ids = descending(values)
     labels, losses = (stored_column(folder, "grads", name) for name in ("target", "loss"))
     lines = ["Largest self-influence: probably mislabelled, or unlike all others.", ""]
     lines.append(f"{'train':>8} {'label':>8} {'self-influence':>15} {'loss':>10}")
     for index in ids[:SHOWN].tolist():
-        label = label_text(labels[index], task.classes)
+        label = label_text(labels[index], classes)
         lines.append(f"{index:>8} {label:>8} {values[index]:>15.3e} {losses[index]:>10.3g}")
-    picture = draw(folder.path / PICTURE, task, values, ids, labels)
+    picture = draw(folder.path / PICTURE, task, values, ids, labels) if task is not None else None
     return "\n".join(lines) + (f"\n\n{picture}" if picture else "")
 
 
