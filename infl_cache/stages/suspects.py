@@ -15,8 +15,9 @@ from infl_cache.disk.layout import Block
 from infl_cache.disk.run import RunFolder
 from infl_cache.maths.samples import fetch
 from infl_cache.maths.task import Task
+from infl_cache.stages.columns import stored_column
 from infl_cache.stages.opening import Opened, log
-from infl_cache.stages.report import label_text, picture_of, show, stored_column
+from infl_cache.stages.report import label_text, picture_of, show
 
 FILE, PICTURE = "self_influence.npz", "report/self_influence.png"
 # Arrays of the store beside the values, and their types.
