@@ -10,12 +10,12 @@ RUN ?= runs/digits
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help grads stest influence status report validate export test check bench clean
+.PHONY: help grads stest influence self-influence status report validate export test check bench clean
 
 help: ## print this
 	@echo "usage: make TARGET [TASK=file.py:function] [RUN=folder] [ARGS='--damping 0.1 ...']"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "With no TASK: the built-in demo. 'make influence' alone sets everything up and shows its rankings."
 
@@ -33,6 +33,9 @@ stest: $(STAMP) ## stage 2: s_test of every test sample into RUN/s_test.zarr
 
 influence: $(STAMP) ## all that is missing of stages 1 and 2, then stage 3 and a short report
 	$(BIN)/infl-cache run --task $(TASK) --run $(RUN) $(ARGS)
+
+self-influence: $(STAMP) ## which training samples are probably mislabelled, after make grads
+	$(BIN)/infl-cache self-influence --task $(TASK) --run $(RUN) $(ARGS)
 
 status: $(STAMP) ## what is done, what is left, sizes, rates
 	$(BIN)/infl-cache status $(RUN)

@@ -26,6 +26,7 @@ from infl_cache.stages.export import FORMATS, export
 from infl_cache.stages.opening import StageResult
 from infl_cache.stages.report import report
 from infl_cache.stages.status import status
+from infl_cache.stages.suspects import suspects_report
 from infl_cache.stages.validate import ValidateOptions
 from infl_cache.stages.verify import verify
 
@@ -34,6 +35,7 @@ HELP = {
     "stest": "stage 2: s_test of the test samples (all, or those of --test) into RUN/s_test.zarr",
     "influence": "stage 3: the influence matrix RUN/influence.npy and the rankings",
     "run": "the three stages in order, then a short report",
+    "self-influence": "which training samples are probably mislabelled: needs stage 1 alone",
     "plan": "before anything runs: how each layer's gradient is had and kept, bytes, rates, store or not",
     "status": "what is done, what is left, sizes, rates (also while a run is going on)",
     "verify": "compare every byte of the run folder with its ledger; exit 4 if something is damaged",
@@ -106,7 +108,7 @@ def parser() -> ArgumentParser:
         version=__version__,
     )
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
-    for name in (*STAGES, "run", "plan"):
+    for name in (*STAGES, "run", "self-influence", "plan"):
         commands.add_subcommand(name, _stage_parser(name), help=HELP[name])
     commands.add_subcommand("validate", _validate_parser(), help=HELP["validate"])
     for name in ("status", "verify", "export", "report"):
@@ -219,6 +221,12 @@ def _run_stages(names: Sequence[str], given: Namespace) -> None:
         print("\n" + report(RunFolder(run.path), run.task))
 
 
+def _self_influence(given: Namespace) -> None:
+    run, force = _prepared(given)
+    print(_result_line(run.self_influence(force)), flush=True)
+    print("\n" + suspects_report(RunFolder(run.path), run.task))
+
+
 def _config(path: Path) -> dict[str, Any]:
     """Options of a file; the run.yaml of a run folder means that folder, wherever it has been moved."""
     config = read_config_file(path)
@@ -235,7 +243,8 @@ def _lasting(reference: str) -> str:
 
 def _result_line(result: StageResult) -> str:
     done = "nothing left to do" if not result.computed else f"{result.computed:,} of {result.rows:,} rows computed"
-    return f"{result.stage:10s} {done}, {human_bytes(result.n_bytes)} on disk, {human_seconds(result.seconds)}"
+    name = result.stage.replace("_", "-")
+    return f"{name:10s} {done}, {human_bytes(result.n_bytes)} on disk, {human_seconds(result.seconds)}"
 
 
 def _validate(given: Namespace) -> None:
@@ -277,6 +286,7 @@ def _report(given: Namespace) -> None:
 COMMANDS: dict[str, Callable[[Namespace], None]] = {
     **{name: (lambda given, name=name: _run_stages([name], given)) for name in STAGES},  # type: ignore[misc]
     "run": lambda given: _run_stages(list(STAGES), given),
+    "self-influence": _self_influence,
     "plan": lambda given: print(_prepared(given)[0].plan()),
     "validate": _validate,
     "status": _status,

@@ -18,14 +18,17 @@ from infl_cache.maths.capture import Forms, rows_of
 from infl_cache.maths.narrow import NARROW
 from infl_cache.maths.task import Task
 from infl_cache.reading import Influences
+from infl_cache.stages import rank
 from infl_cache.stages.grads import grads
 from infl_cache.stages.influence import influence
 from infl_cache.stages.opening import Opened, StageResult, looked_at, opened
 from infl_cache.stages.plan import GradsPlan, plan_grads
 from infl_cache.stages.selection import count_of_tests, held_tests
+from infl_cache.stages.self_influence import begun_with, self_influence
 from infl_cache.stages.status import Status, status
 from infl_cache.stages.stest import stest
 from infl_cache.stages.stored import stored_gradients
+from infl_cache.stages.suspects import column, descending
 from infl_cache.stages.validate import ValidateOptions, validate
 from infl_cache.stages.validation import Validation
 
@@ -69,6 +72,7 @@ class Run(Influences):
         super().__init__(path, task)
         # How the task was named on the command line, kept so that run.yaml runs again.
         self.reference: dict[str, Any] = {"task": None, "task_args": {}}
+        self._given = options
         self.options = Options.resolve({**inherited_options(self.folder, options), **options})
 
     def grads(self, force: bool = False) -> StageResult:
@@ -82,6 +86,21 @@ class Run(Influences):
     def influence(self, force: bool = False) -> StageResult:
         """Stage 3: the rankings and, unless `matrix=False`, `influence.npy` (n_test, n_train)."""
         return self._stage("influence", force)
+
+    def self_influence(self, force: bool = False) -> StageResult:
+        """`grad_i . (C + damping I)^-1 grad_i` of every training sample, of stage 1 alone, into `self_influence.zarr`.
+
+        Options of the system that are not given are those that it was begun with, else the run's.
+        """
+        return self._stage("self_influence", force)
+
+    def suspects(self, k: int = 10) -> rank.Ranking:
+        """The k training samples of largest self-influence, ids and values: probably mislabelled, or atypical."""
+        if k < 1:
+            raise BadInput(f"k: expected at least 1, found {k}")
+        values = column(RunFolder(self.path), "self_influence")
+        ids = descending(values)[:k]
+        return rank.Ranking(ids, values[ids].astype(np.float32))
 
     def all(self, force: bool = False) -> list[StageResult]:
         """The three stages in order; with `force`, all of them from the beginning."""
@@ -146,9 +165,11 @@ class Run(Influences):
     def _stage(self, name: str, force: Force) -> StageResult:
         if self.task is None:
             raise BadInput("task: expected a Task to compute with, found none; Run(path, task)")
-        self.folder.configuration = {**self.reference, "run": str(self.path), **self.options.flat()}
-        with opened(self.folder, self.task, self.options) as run:
-            return STAGES[name](run, force)
+        stage = {**STAGES, "self_influence": self_influence}[name]
+        options = begun_with(self.folder, self.options, self._given) if name == "self_influence" else self.options
+        self.folder.configuration = {**self.reference, "run": str(self.path), **options.flat()}
+        with opened(self.folder, self.task, options) as run:
+            return stage(run, force)
 
     def _vectors(
         self, stage: str, wanted: list[int], read: Callable[[Block], NDArray[Any]], single: bool

@@ -314,3 +314,20 @@ def test_the_module_runs_as_a_program():
         [sys.executable, "-m", "infl_cache", "--version"], capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "infl-cache 0.1.0"
+
+
+def test_self_influence_needs_stage_1_alone_and_ends_with_a_table(here, capsys):
+    line = "self-influence --task task.py:small --run runs/r --solver fisher --damping 0.1"
+    assert call(line) == 4
+    assert "run infl-cache grads" in capsys.readouterr().err
+    assert call("grads --task task.py:small --run runs/r --solver fisher --damping 0.1") == 0
+    capsys.readouterr()
+    assert call(line) == 0
+    out = capsys.readouterr().out
+    assert "self-influence 20 of 20 rows computed" in out
+    values = np.load("runs/r/self_influence.npz", allow_pickle=False)
+    assert [int(row.split()[0]) for row in out.splitlines()[5:15]] == values["ids"][:10].tolist()
+    assert call("self-influence --task task.py:small --run runs/r") == 0
+    assert "nothing left to do" in capsys.readouterr().out
+    assert call("self-influence --task task.py:small --run runs/r --damping 0.2") == 3
+    assert call("verify runs/r") == 0

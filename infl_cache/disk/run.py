@@ -21,17 +21,10 @@ from infl_cache.disk.ledger import BlockRecord, FileRecord, Ledger, done_in
 from infl_cache.disk.lock import only_writer
 from infl_cache.disk.manifest import Identity, Manifest, differences, fingerprint
 from infl_cache.disk.store import Store, check_file, create_store, record_of_chunk, record_of_file
-from infl_cache.disk.sweep import OUTPUTS, forget_unbegun, refuse_other_folders, remove_leftovers
+from infl_cache.disk.sweep import CHILDREN, OUTPUTS, forget_unbegun, refuse_other_folders, remove_leftovers
 from infl_cache.errors import BadInput, DamagedStore, ForeignRun, IncompleteStore
 
 Force = bool | Literal["all"]
-# Which stages hang on a stage.
-CHILDREN = {
-    "grads": ("influence", "rankings"),
-    "stest": ("influence", "rankings"),
-    "influence": ("rankings",),
-    "rankings": (),
-}
 
 
 class RunFolder:
@@ -190,7 +183,7 @@ class RunFolder:
         """The plan a stage was begun with; `IncompleteStore` if it was not."""
         if stage not in self.manifest.stages:
             raise IncompleteStore(
-                f"{self.path}: expected the stage {stage}, found it not begun; run infl-cache {stage}"
+                f"{self.path}: expected the stage {stage}, found it not begun; run infl-cache {stage.replace('_', '-')}"
             )
         plan: dict[str, Any] = self.manifest.stages[stage]["plan"]
         return plan
@@ -250,7 +243,7 @@ class RunFolder:
         if len(records) < len(total):
             raise IncompleteStore(
                 f"{self.path}: expected {stage} to be finished, found {len(records)} of {len(total)} blocks;"
-                f" run infl-cache {stage} first"
+                f" run infl-cache {stage.replace('_', '-')} first"
             )
         return records
 

@@ -15,6 +15,17 @@ OUTPUTS = {
     "stest": ("s_test.zarr", "s_test.state", "s_test.fit", TILES),
     "influence": ("influence.npy", "influence.partial.npy", "influence.state"),
     "rankings": ("rankings.npz",),
+    "self_influence": ("self_influence.zarr", "self_influence.state", "self_influence.fit"),
+    "self_ranking": ("self_influence.npz",),
+}
+# Which stages hang on a stage.
+CHILDREN = {
+    "grads": ("influence", "rankings", "self_influence", "self_ranking"),
+    "stest": ("influence", "rankings"),
+    "influence": ("rankings",),
+    "rankings": (),
+    "self_influence": ("self_ranking",),
+    "self_ranking": (),
 }
 # Figures and pictures of a finished run, and the retrainings that they are made of: no claim of the ledger's.
 VALIDATION = "validate"

@@ -39,6 +39,34 @@ def gram(forms: Forms, a: Jacobian, b: Jacobian, room: int = ROOM) -> Tensor:
     return total
 
 
+def squared_norms(forms: Forms, rows: Jacobian, room: int = ROOM) -> Tensor:
+    """The diagonal of `gram(forms, rows, rows)`, float64 (B C,), without the rest of it."""
+    plain = rows.dense.flatten(0, 1)
+    total = torch.zeros(len(plain), dtype=torch.float64, device=plain.device)
+    step = max(1, room // (8 * max(1, plain.shape[1])))
+    for start in range(0, len(plain), step):
+        total[start : start + step] = plain[start : start + step].double().square().sum(1)
+    for group in sharing(forms.factored):
+        (layer, *others) = group
+        if not others and _pairs_are_cheaper(layer):
+            total += _squared_by_pairs(layer, rows)
+            continue
+        sizes = {name: 0 for each in group for name in each.names}
+        step = max(1, room // (8 * COPIES * sum(each.gradient_size for each in group)))
+        for at, built in _rebuilt(group, rows, step, tuple(sizes)):
+            total[at] += built.square().sum(1)
+    return total
+
+
+def _squared_by_pairs(layer: Layer, rows: Jacobian) -> Tensor:
+    """The layer's share as a product of two small matrices (positions x positions) of each sample."""
+    seen, back = _by_position(layer, rows)
+    alike = seen @ seen.mT if seen.is_floating_point() else (seen.unsqueeze(2) == seen.unsqueeze(1)).double()
+    if "bias" in layer.parameters:
+        alike = alike + 1
+    return (alike * (back @ back.mT)).sum((1, 2))
+
+
 def sharing(layers: Sequence[Layer]) -> list[list[Layer]]:
     """The layers in groups that have no parameter in common with another group."""
     groups: list[list[Layer]] = []

@@ -217,8 +217,8 @@ def factorise(tiles: Tiles, n: int, shift: float, done: Callable[[], None]) -> b
     return True
 
 
-def solved(tiles: Tiles, right: Tensor, done: Callable[[], None]) -> Tensor:
-    """`(L L^T)^-1 u` for each row u of `right` (K, n), float64; each tile of the factor is read twice."""
+def forward(tiles: Tiles, right: Tensor, done: Callable[[], None]) -> list[Tensor]:
+    """`L^-1 u` for each row u of `right` (K, n), float64, as pieces (rows of a tile, K); each tile is read once."""
     parts = [part.T.contiguous() for part in torch.split(right.double(), tiles.side, dim=1)]
     for i in range(len(parts)):
         for j in range(i):
@@ -226,6 +226,12 @@ def solved(tiles: Tiles, right: Tensor, done: Callable[[], None]) -> Tensor:
             done()
         parts[i] = torch.linalg.solve_triangular(tiles.get("factor", i, i), parts[i], upper=False)
         done()
+    return parts
+
+
+def solved(tiles: Tiles, right: Tensor, done: Callable[[], None]) -> Tensor:
+    """`(L L^T)^-1 u` for each row u of `right` (K, n), float64; each tile of the factor is read twice."""
+    parts = forward(tiles, right, done)
     for i in reversed(range(len(parts))):
         parts[i] = torch.linalg.solve_triangular(tiles.get("factor", i, i).T, parts[i], upper=True)
         done()

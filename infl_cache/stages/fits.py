@@ -12,13 +12,14 @@ from infl_cache.maths.solvers.base import State
 from infl_cache.stages.opening import Opened, log
 
 FIT = "s_test.fit"
+FITS = {"stest": FIT, "self_influence": "self_influence.fit"}
 
 
 class KeptFit:
-    """A `Keeper` of one fit; it goes with the identity of stage 2, any other is left alone."""
+    """A `Keeper` of one fit; it goes with the identity of the stage, any other is left alone."""
 
-    def __init__(self, run: Opened) -> None:
-        self._path, self._fingerprint = run.folder.path / FIT, run.folder.fingerprint("stest")
+    def __init__(self, run: Opened, stage: str = "stest") -> None:
+        self._path, self._fingerprint = run.folder.path / FITS[stage], run.folder.fingerprint(stage)
 
     def found(self) -> State | None:
         """The fit of this very system, if there is one."""

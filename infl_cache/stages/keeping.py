@@ -1,4 +1,6 @@
-"""The state of stage 2's iteration, on the disk: a kill loses minutes of it, a signal that asks to stop loses none.
+"""The state of an iteration (stage 2's, or self-influence's) on the disk.
+
+A kill loses minutes of it, a signal that asks to stop loses none.
 
 A state goes with the stage's identity, its block and the right-hand sides themselves; any other, and one that is
 damaged, is left alone. It is never unpickled, and gone once its block is committed.
@@ -24,6 +26,7 @@ from infl_cache.progress import human_bytes, human_seconds
 from infl_cache.stages.opening import Opened, log
 
 STATE = "s_test.state"
+STATES = {"stest": STATE, "self_influence": "self_influence.state"}
 # Between two states that are kept; up to twice as long where writing one takes long.
 CHECKPOINT_SECONDS = 120.0
 WRITING_SECONDS = 6.0
@@ -34,8 +37,8 @@ PATIENCE_SECONDS = 20.0
 class Keeping:
     """A `Keeper` for one block after the other."""
 
-    def __init__(self, run: Opened) -> None:
-        self._run, self._path = run, run.folder.path / STATE
+    def __init__(self, run: Opened, stage: str = "stest") -> None:
+        self._run, self._stage, self._path = run, stage, run.folder.path / STATES[stage]
         self._block, self._rhs, self._digest = Block(0, 0, 0), torch.empty(0), ""
         self._iteration, self._offers, self._due = 0, 0, 0.0
         self._asked_to_stop: float | None = None
@@ -104,7 +107,7 @@ class Keeping:
         try:
             write_state(self._path, self._identity(), facts, arrays)
         except OSError as error:  # a full disk, say: that must not end what it is to protect
-            remove([self._path.with_name(f"{STATE}.partial")])
+            remove([self._path.with_name(f"{self._path.name}.partial")])
             self._say(f"{self._path}: the state of the iteration could not be kept ({error.strerror})")
         now = time.monotonic()
         self._due = now + CHECKPOINT_SECONDS * min(2.0, max(1.0, (now - started) / WRITING_SECONDS))
@@ -112,7 +115,7 @@ class Keeping:
     def _identity(self) -> dict[str, Any]:
         self._digest = self._digest or digest_of([self._rhs])
         place = [self._block.index, self._block.start, self._block.stop]
-        return {"stage": self._run.folder.fingerprint("stest"), "block": place, "rhs": self._digest}
+        return {"stage": self._run.folder.fingerprint(self._stage), "block": place, "rhs": self._digest}
 
     def _say(self, text: str) -> None:
         if text not in self._said:

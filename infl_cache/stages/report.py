@@ -146,7 +146,7 @@ def draw(path: Path, task: Task, asked: list[Asked], labels: NDArray[np.float64]
     for row, each in zip(axes, asked, strict=True):
         said = label_text(each.prediction, task.classes)
         title = f"test {each.index}\n{label_text(each.label, task.classes)}, said {said}"
-        _show(row[0], pictures[each.index], title, "black")
+        show(row[0], pictures[each.index], title, "black")
         for offset, side, colour in ((1, each.helpful, "tab:green"), (1 + NEIGHBOURS, each.harmful, "tab:red")):
             for k in range(NEIGHBOURS):
                 if k >= len(side.ids):
@@ -154,7 +154,7 @@ def draw(path: Path, task: Task, asked: list[Asked], labels: NDArray[np.float64]
                     continue
                 index = int(side.ids[k])
                 title = f"train {index}\n{label_text(labels[index], task.classes)}: {side.values[k]:+.1e}"
-                _show(row[offset + k], picture_of(fetch(task.train, index, "train")), title, colour)
+                show(row[offset + k], picture_of(fetch(task.train, index, "train")), title, colour)
     figure.suptitle("Test sample | most helpful (green) | most harmful (red): label and influence")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(temporary := path.with_suffix(".tmp.png"), dpi=110)
@@ -163,7 +163,8 @@ def draw(path: Path, task: Task, asked: list[Asked], labels: NDArray[np.float64]
     return path
 
 
-def _show(axis: Any, picture: Any, title: str, colour: str) -> None:
+def show(axis: Any, picture: Any, title: str, colour: str) -> None:
+    """A picture with a title and a frame of that colour."""
     axis.imshow(picture, cmap="gray_r" if picture.ndim == 2 else None)
     axis.set_title("\n".join(textwrap.shorten(line, 24) for line in title.split("\n")), fontsize=8, color=colour)
     axis.set_xticks([])

@@ -22,9 +22,9 @@ AUTO_FRACTION = 1e-3
 AUTO_MARGIN = 1.5
 
 
-def known_spectrum(run: Opened, forms: Forms, note: Callable[[str], None]) -> Spectrum:
-    """The spectrum of the curvature without damping, from the manifest, or estimated now and kept there."""
-    plan = run.folder.plan("stest")
+def known_spectrum(run: Opened, forms: Forms, note: Callable[[str], None], stage: str = "stest") -> Spectrum:
+    """The spectrum of the curvature without damping, from the stage's plan, or estimated now and kept there."""
+    plan = run.folder.plan(stage)
     if "spectrum" not in plan:
         rows = curvature_samples(run, SPECTRUM_SAMPLES)
         operator = damped_curvature(run, forms, 1, -run.task.weight_decay, rows, tick=run.check, note=note)
@@ -37,8 +37,8 @@ def known_spectrum(run: Opened, forms: Forms, note: Callable[[str], None]) -> Sp
             )
         if operator.kind != "hessian":  # a sum of squares; what the estimate finds below zero is its own margin
             found = dataclasses.replace(found, smallest=max(0.0, found.smallest))
-        run.folder.remember("stest", spectrum={**dataclasses.asdict(found), "samples": len(rows)})
-    kept = run.folder.plan("stest")["spectrum"]
+        run.folder.remember(stage, spectrum={**dataclasses.asdict(found), "samples": len(rows)})
+    kept = run.folder.plan(stage)["spectrum"]
     return Spectrum(**{field.name: kept[field.name] for field in dataclasses.fields(Spectrum)})
 
 

@@ -20,9 +20,13 @@ from infl_cache.stages.keeping import kept_line
 from infl_cache.stages.rankings import has_matrix
 from infl_cache.stages.rounding import rounding_line
 from infl_cache.stages.selection import as_text, count_of_tests, held_tests
+from infl_cache.stages.suspects import CERTIFICATE, column
 from infl_cache.stages.tiles import matrix_tests, solved
 
 ORDER = ("grads", "stest", "influence")
+# Shown where they were begun.
+BESIDE = ("self_influence",)
+SOLVED = ("stest", "self_influence")
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,9 @@ class Status:
                 continue
             left = f", {human_seconds(each.eta)} left" if each.rate else ""
             state = "done" if each.complete else f"{each.blocks_done / each.blocks:.0%}{left}"
-            unit = "tiles" if each.stage == "influence" else "rows"
+            unit, name = "tiles" if each.stage == "influence" else "rows", each.stage.replace("_", "-")
             lines.append(
-                f"  {each.stage:10s} {each.rows_done:,} of {each.rows:,} {unit} ({state}), {human_bytes(each.n_bytes)},"
+                f"  {name:10s} {each.rows_done:,} of {each.rows:,} {unit} ({state}), {human_bytes(each.n_bytes)},"
                 f" {human_seconds(each.seconds)}, {each.rate:,.1f} {unit}/s"
             )
             lines += [f"             {key}: {value}" for key, value in each.details.items()]
@@ -74,7 +78,8 @@ def status(folder: RunFolder) -> Status:
     """The state of a run folder; `BadInput` if it is none."""
     if not folder.exists:
         raise BadInput(f"{folder.path}: expected a run folder, found no manifest.json there")
-    return Status(str(folder.path), tuple(_stage_status(folder, stage) for stage in ORDER))
+    shown = (*ORDER, *(stage for stage in BESIDE if stage in folder.manifest.stages))
+    return Status(str(folder.path), tuple(_stage_status(folder, stage) for stage in shown))
 
 
 def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
@@ -87,7 +92,7 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
     seconds = sum(record.seconds for record in records.values())
     rate = rows_done / seconds if seconds else 0.0
     details: dict[str, Any] = {}
-    samples = folder.samples(stage) if stage in ("grads", "stest") else np.array([], np.int64)
+    samples = folder.samples(stage) if stage != "influence" else np.array([], np.int64)
     bad = sorted(int(samples[row]) for record in records.values() for row in record.bad_rows)
     if bad:
         details["not finite"] = f"{len(bad)} rows: {', '.join(map(str, bad[:8]))}{', ...' if len(bad) > 8 else ''}"
@@ -98,6 +103,11 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
         details.update(_grads_details(folder, array_bytes(records.values()), rows_done))
     if stage == "influence" and "rounding" in folder.plan("influence"):
         details["rounding"] = rounding_line(folder.plan("influence")["rounding"])
+    if stage in SOLVED:
+        details.update(_system_details(folder, stage))
+    if stage == "self_influence" and len(records) == len(every):
+        found = {name: column(folder, name) for name in CERTIFICATE}
+        details.update(_certificates(folder.samples(stage), found))
     if stage == "stest":
         details.update(_stest_details(folder, bool(records)))
         if n_bytes := bytes_of_tiles(folder.path / FOLDER):
@@ -133,21 +143,25 @@ def _grads_details(folder: RunFolder, n_bytes: int, rows_done: int) -> dict[str,
     return details
 
 
-def _stest_details(folder: RunFolder, begun: bool) -> dict[str, Any]:
-    identity = folder.manifest.stages["stest"]["identity"]
-    details = {"system": _system_line(identity, folder.plan("stest"))}
-    if "spectrum" in folder.plan("stest"):
-        found = folder.plan("stest")["spectrum"]
+def _system_details(folder: RunFolder, stage: str) -> dict[str, Any]:
+    identity, plan = folder.manifest.stages[stage]["identity"], folder.plan(stage)
+    details = {"system": _system_line(identity, plan)}
+    if "spectrum" in plan:
+        found = plan["spectrum"]
         details["spectrum"] = (
             f"eigenvalues from about {found['smallest']:.1e} to {found['largest']:.1e}, mean {found['mean']:.1e}"
             f" ({found['steps']} Lanczos steps, {found['samples']:,} training samples)"
         )
-    details["test samples"] = _tests_line(folder, held_tests(folder))
+    return details
+
+
+def _stest_details(folder: RunFolder, begun: bool) -> dict[str, Any]:
+    details: dict[str, Any] = {"test samples": _tests_line(folder, held_tests(folder))}
     if (measure := folder.plan("stest").get("measure", "loss")) != "loss":
         details["measure"] = str(measure)
     if line := kept_line(folder):
         details["iteration"] = line
-    return {**details, **_certificates(folder)} if begun else details
+    return {**details, **_certificates(*solved(folder))} if begun else details
 
 
 def _system_line(identity: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
@@ -167,9 +181,8 @@ def _tests_line(folder: RunFolder, tests: NDArray[np.int64]) -> str:
     return f"{len(tests):,} of {n_test:,}: {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def _certificates(folder: RunFolder) -> dict[str, str]:
+def _certificates(samples: NDArray[np.int64], found: Mapping[str, NDArray[Any]]) -> dict[str, str]:
     """How well the systems were solved: the distribution of the true relative residuals, and who is over."""
-    tests, found = solved(folder)
     residual, converged = found["residual"].astype(float), found["converged"].astype(bool)
     iterations = found["iterations"].astype(int)
     finite, details = np.isfinite(residual), {}
@@ -177,7 +190,7 @@ def _certificates(folder: RunFolder) -> dict[str, str]:
         low, median, most, high = np.quantile(residual[finite], [0, 0.5, 0.9, 1], method="inverted_cdf")
         details["residual"] = f"smallest {low:.1e}, median {median:.1e}, 90 % up to {most:.1e}, largest {high:.1e}"
     details["iterations"] = f"median {np.median(iterations):.0f}, most {iterations.max()}"
-    over = tests[finite & ~converged]
+    over = samples[finite & ~converged]
     named = f"; over the tolerance {len(over)}: {some(over.tolist())}" if len(over) else ""
     details["converged"] = f"{int(converged.sum())} of {len(converged)}{named}"
     return details

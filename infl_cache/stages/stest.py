@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,18 +17,15 @@ from infl_cache.disk.layout import Block, array_layout, from_ranges
 from infl_cache.disk.run import Force
 from infl_cache.errors import IncompleteStore
 from infl_cache.maths.capture import Forms, capture, decide_forms, rows_of
-from infl_cache.maths.curvature import Curvature
 from infl_cache.maths.measures import words_for
 from infl_cache.maths.probe import check_gradients_arrive, check_independence, probe_batch
 from infl_cache.maths.samples import batches, groups_among, spread
-from infl_cache.maths.solvers import Identity, Solution, Solve, make_solver
+from infl_cache.maths.solvers import Solution, make_solver
 from infl_cache.maths.solvers.exact import COLUMNS
-from infl_cache.maths.solvers.pcg import HISTORY
 from infl_cache.maths.task import losses_of
-from infl_cache.progress import Bar, progress
+from infl_cache.progress import progress
 from infl_cache.stages.blocks import some
-from infl_cache.stages.fisher import check_damping, known_damping, needs_spectrum, with_tiles
-from infl_cache.stages.fits import KeptFit
+from infl_cache.stages.fisher import check_damping
 from infl_cache.stages.grads import CHECKED_SAMPLES, rows_at_once
 from infl_cache.stages.keeping import Keeping
 from infl_cache.stages.opening import (
@@ -43,14 +40,8 @@ from infl_cache.stages.opening import (
 )
 from infl_cache.stages.same import check_against_store
 from infl_cache.stages.selection import appended, asked_tests, say_tests
-from infl_cache.stages.spectrum import advice, chosen_damping, known_spectrum
-from infl_cache.stages.system import curvature_kind, curvature_samples, damped_curvature, left_out, solve_dtype
-
-MAX_RIGHT_HAND_SIDES = 128
-# Vectors of n_params a right-hand side needs at once: itself, solution, residual, direction, product, vmap's own.
-VECTORS_A_SIDE = 12
-# Training samples that a preconditioner is made from.
-PRECONDITIONER_SAMPLES = 512
+from infl_cache.stages.solving import Products, prepared, sides_at_once
+from infl_cache.stages.system import curvature_kind, left_out, solve_dtype
 
 
 def stest(run: Opened, force: Force = False) -> StageResult:
@@ -124,11 +115,7 @@ def _begin(run: Opened, identity: dict[str, Any], tests: Sequence[int]) -> None:
     curvature_kind(run.options.stest)
     make_solver(run.options.stest, run.budget).check(size)
     check_damping(run)
-    itemsize = 8 if solve_dtype(run) == torch.float64 else 4
-    asked = run.options.resources.test_block_rows
-    vectors = VECTORS_A_SIDE + (2 * HISTORY if run.options.stest.solver == "pcg" else 0)
-    fitting = run.budget // 3 // (size * itemsize * vectors)
-    block_rows = min(asked or max(1, min(fitting, MAX_RIGHT_HAND_SIDES)), n_test)
+    block_rows = min(sides_at_once(run, run.options.resources.test_block_rows), n_test)
     arrays = [("s_test", (size,), identity["stored_dtype"]), ("residual", (), "float64"), ("iterations", (), "int64"),
               ("converged", (), "bool"), ("loss", (), "float64"), ("measure", (), "float64"), ("target", (), "float64"),
               ("prediction", (), "float64"), ("digest", (), "uint64"), ("index", (), "int64")]  # fmt: skip
@@ -159,10 +146,10 @@ def _compute(run: Opened, todo: Sequence[Block], finished: int) -> list[str]:
     total = finished + sum(block.rows for block in todo)
     with progress("stest", total, finished, show=run.options.resources.progress) as bar:
         keeping = Keeping(run)
-        products = _Products(keeping.tick, bar)
+        products = Products(keeping.tick, bar)
         # The planned block, not the longest that is left: a resumed run does the same arithmetic as a calm one.
         sides = COLUMNS if run.options.stest.solver == "exact" else run.folder.plan("stest")["block_rows"]
-        solver = _prepared(run, forms, sides, products)
+        solver = prepared(run, forms, sides, products, "stest")
         failed = _NotConverged(samples)
         for block in todo:
             started = time.perf_counter()
@@ -183,45 +170,6 @@ def _compute(run: Opened, todo: Sequence[Block], finished: int) -> list[str]:
     for note in notes:
         log.warning(note)
     return notes
-
-
-def _prepared(run: Opened, forms: Forms, sides: int, products: _Products) -> Solve:
-    """The solver of the run's system, after a look at its spectrum."""
-    if run.options.stest.solver == "identity":
-        return Identity().prepare(lambda v: v)
-    spectrum = known_spectrum(run, forms, products.note) if needs_spectrum(run) else None
-    damping = known_damping(run) if spectrum is None else chosen_damping(run, spectrum)
-    for text in [] if spectrum is None else advice(run, spectrum, damping):
-        products.note(text)
-    run.folder.remember("stest", damping=damping, curvature=curvature_kind(run.options.stest))
-    rows = curvature_samples(run)
-    operator = damped_curvature(run, forms, sides, damping, rows, tick=products.tick, note=products.note)
-
-    def sampled() -> Curvature:
-        few = curvature_samples(run, PRECONDITIONER_SAMPLES)
-        return damped_curvature(run, forms, sides, damping, few, tick=products.tick, note=products.note)
-
-    solver = make_solver(run.options.stest, run.budget, spectrum, KeptFit(run), sampled)
-    return with_tiles(run, solver, rows, operator.shift).prepare(operator)
-
-
-class _Products:
-    """Counts products for the bar, lets a signal stop a long solve, and says once what is slow."""
-
-    def __init__(self, check: Callable[[], None], bar: Bar) -> None:
-        self._check, self._bar, self._count = check, bar, 0
-        self._said: set[str] = set()
-
-    def note(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            log.warning(text)
-
-    def tick(self) -> None:
-        self._check()
-        self._count += 1
-        if self._count % 16 == 0:
-            self._bar.advance(0, note=f"{self._count} batch products")
 
 
 def _right_hand_sides(run: Opened, forms: Forms, block: Block) -> tuple[Tensor, dict[str, Tensor], Any]:

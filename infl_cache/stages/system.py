@@ -85,7 +85,7 @@ def damped_curvature(
     if kind == "ggn":
         made = _output_rows(run, forms, sides, rows, dtype, hooks["note"])
     elif kind == "fisher":
-        made = _stored_rows(run, rows, dtype)
+        made = stored_rows(run, rows, dtype)
     return Curvature(
         task=run.task,
         parameters=run.parameters,
@@ -164,7 +164,7 @@ def _rows_to_fit(
     return Rows(made, gradients, 0)
 
 
-def _stored_rows(run: Opened, rows: Sequence[int], dtype: torch.dtype) -> Rows:
+def stored_rows(run: Opened, rows: Sequence[int], dtype: torch.dtype) -> Rows:
     """The training gradients as stage 1 stored them, one row a sample."""
     run.folder.require_complete("grads")
     stored = Forms.from_json(run.folder.plan("grads")["forms"])

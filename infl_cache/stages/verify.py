@@ -17,7 +17,8 @@ from infl_cache.progress import progress
 from infl_cache.stages.rankings import has_matrix
 from infl_cache.stages.tiles import checked_tiles, planned_tiles
 
-STORES = ("grads", "stest")
+STORES = ("grads", "stest", "self_influence")
+FILES = ("rankings", "self_ranking")
 
 
 def verify(folder: RunFolder, show: bool = True) -> list[str]:
@@ -82,5 +83,6 @@ def _matrix_faults(folder: RunFolder) -> list[str]:
 
 
 def _rankings_faults(folder: RunFolder) -> list[str]:
-    files: Sequence[FileRecord] = [file for record in folder.records("rankings").values() for file in record.files]
+    records = [record for stage in FILES for record in folder.records(stage).values()]
+    files: Sequence[FileRecord] = [file for record in records for file in record.files]
     return [fault for file in files for fault in _fault(folder.path, file, None)]

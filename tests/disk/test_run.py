@@ -287,12 +287,12 @@ def test_the_manifest_is_read_afresh_under_the_lock(tmp_path, sample):
 
 
 def begin_everything(folder, sample):
-    """Stages grads, stest, influence and rankings, each with a committed block and its files."""
+    """Every stage, each with a committed block and its files."""
     with folder.writing():
-        for stage in ("grads", "stest"):
+        for stage in ("grads", "stest", "self_influence"):
             sample.begin(folder, stage)
             sample.commit(folder, *sample.blocks, stage=stage)
-        for stage in ("influence", "rankings"):
+        for stage in ("influence", "rankings", "self_ranking"):
             folder.begin(stage, sample.task, sample.identity, {"n_rows": 1, "block_rows": 1})
             (folder.path / OUTPUTS[stage][0]).write_bytes(stage.encode())
             folder.commit(stage, Block(0, 0, 1), [folder.record_file(OUTPUTS[stage][0])], 0.0)
@@ -301,10 +301,11 @@ def begin_everything(folder, sample):
 @pytest.mark.parametrize(
     ("forced", "dropped"),
     [
-        ("grads", {"grads", "influence", "rankings"}),
+        ("grads", {"grads", "influence", "rankings", "self_influence", "self_ranking"}),
         ("stest", {"stest", "influence", "rankings"}),
         ("influence", {"influence", "rankings"}),
         ("rankings", {"rankings"}),
+        ("self_influence", {"self_influence", "self_ranking"}),
     ],
 )
 def test_force_drops_exactly_the_stage_and_what_hangs_on_it(tmp_path, sample, contents, forced, dropped):

@@ -8,7 +8,7 @@ import torch
 from infl_cache.maths.capture import Forms, rows_of
 from infl_cache.maths.capture.forms import Layer
 from infl_cache.maths.curvature.jacobian import Jacobian
-from infl_cache.maths.gram import _pairs_are_cheaper, gram, sharing
+from infl_cache.maths.gram import _pairs_are_cheaper, gram, sharing, squared_norms
 from infl_cache.maths.params import Parameters
 from tests.tasks import normal
 
@@ -92,6 +92,7 @@ def test_factors_give_what_plain_rows_give(name, rows, room):
     forms = forms_of(layer, dense=7)
     a, b = some_rows(forms, 4, 1, rows), some_rows(forms, 6, 2, rows)
     torch.testing.assert_close(gram(forms, a, b, room), plain(forms, a) @ plain(forms, b).T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(squared_norms(forms, a, room), plain(forms, a).square().sum(1), rtol=1e-12, atol=1e-12)
 
 
 TIED = {
@@ -113,6 +114,7 @@ def test_layers_that_share_a_parameter_have_cross_terms(name, room):
     a, b = some_rows(forms, 4, 1), some_rows(forms, 6, 2)
     found, expected = gram(forms, a, b, room), plain(forms, a) @ plain(forms, b).T
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(squared_norms(forms, a, room), plain(forms, a).square().sum(1), rtol=1e-12, atol=1e-12)
 
 
 def test_groups_that_a_later_layer_joins_become_one():

@@ -71,6 +71,10 @@ class Fisher:
         return solve
 
     def _inverse(self, operator: Curvature, rows: Rows) -> _Inverse:
+        return _Inverse(operator, rows, *self.factorised(operator, rows))
+
+    def factorised(self, operator: Curvature, rows: Rows) -> tuple[Tiles, bool]:
+        """Tiles of L with `L L^T = G G^T + n shift I`, and whether that was positive definite."""
         n = operator.n_train
         room = ROOM if self.memory is None else max(2**20, min(ROOM, self.memory // 16))
         # A panel is a copy of its samples where these do not stay in memory anyway.
@@ -87,7 +91,7 @@ class Fisher:
 
             fill(tiles, n, rows.passes, lambda a, b: gram(rows.forms, a, b, room), panel, done)
             sound = factorise(tiles, n, n * operator.shift, done)
-        return _Inverse(operator, rows, tiles, sound)
+        return tiles, sound
 
     def _solve(self, operator: Curvature, inverse: _Inverse, rhs: Tensor) -> Solution:
         size = norms(rhs).clamp_min(torch.finfo(torch.float64).tiny)

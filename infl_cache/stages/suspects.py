@@ -1,0 +1,121 @@
+"""The training samples of largest self-influence: `self_influence.npz`, a short table, and a picture."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infl_cache.disk.durable import write_atomically
+from infl_cache.disk.layout import Block
+from infl_cache.disk.run import RunFolder
+from infl_cache.maths.samples import fetch
+from infl_cache.maths.task import Task
+from infl_cache.stages.columns import stored_column
+from infl_cache.stages.opening import Opened, log
+from infl_cache.stages.report import label_text, picture_of, show
+
+FILE, PICTURE = "self_influence.npz", "report/self_influence.png"
+# Arrays of the store beside the values, and their types.
+CERTIFICATE = {"residual": "float64", "iterations": "int64", "converged": "bool"}
+SHOWN, DRAWN, ACROSS = 10, 16, 8
+
+
+def column(folder: RunFolder, name: str) -> NDArray[Any]:
+    """An array of the finished store `self_influence.zarr`; `IncompleteStore` if it is not finished."""
+    records, store = folder.require_complete("self_influence"), folder.store("self_influence")
+    parts = []
+    for block in folder.stage_blocks("self_influence"):
+        folder.check_block(records[block.index])
+        parts.append(store.read_block(block, [name])[name])
+    return np.concatenate(parts)
+
+
+def descending(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Ids of all values that are finite, the largest first, ties by lower id.
+
+    >>> descending(np.array([1.0, np.nan, 3.0, 1.0])).tolist()
+    [2, 0, 3]
+    """
+    ids = np.flatnonzero(np.isfinite(values))
+    return ids[np.argsort(-values[ids], kind="stable")].astype(np.int64)
+
+
+def write_ranking(run: Opened, anew: bool) -> None:
+    """`self_influence.npz`: `values` (n_train,) of all samples, `ids` of the finite ones, the largest first."""
+    folder, stage = run.folder, "self_ranking"
+    identity = {"self_influence": folder.fingerprint("self_influence")}
+    entry, records = folder.manifest.stages.get(stage), folder.records(stage)
+    there = 0 in records and (folder.path / FILE).exists() and folder.record_file(FILE) in records[0].files
+    if not anew and there and entry is not None and entry["identity"] == identity:
+        return
+    folder.begin(stage, run.task_identity, identity, {"n_rows": 1, "block_rows": 1})
+    started, values, buffer = time.perf_counter(), column(folder, "self_influence"), io.BytesIO()
+    np.savez(buffer, values=values, ids=descending(values))
+    write_atomically(folder.path / FILE, buffer.getvalue())
+    folder.commit(stage, Block(0, 0, 1), [folder.record_file(FILE)], time.perf_counter() - started)
+
+
+def suspects_report(folder: RunFolder, task: Task | None) -> str:
+    """The table of the largest self-influences as text, and the path of the picture if there is one."""
+    values, classes = column(folder, "self_influence"), task.classes if task is not None else None
+    ids = descending(values)
+    labels, losses = (stored_column(folder, "grads", name) for name in ("target", "loss"))
+    lines = ["Largest self-influence: probably mislabelled, or unlike all others.", ""]
+    lines.append(f"{'train':>8} {'label':>8} {'self-influence':>15} {'loss':>10}")
+    for index in ids[:SHOWN].tolist():
+        label = label_text(labels[index], classes)
+        lines.append(f"{index:>8} {label:>8} {values[index]:>15.3e} {losses[index]:>10.3g}")
+    picture = draw(folder.path / PICTURE, task, values, ids, labels) if task is not None else None
+    return "\n".join(lines) + (f"\n\n{picture}" if picture else "")
+
+
+def draw(
+    path: Path, task: Task, values: NDArray[np.float64], ids: NDArray[np.int64], labels: NDArray[np.float64]
+) -> Path | None:
+    """One PNG: the distribution, its largest values marked, and these samples themselves where they are pictures.
+
+    None, and a note, where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.warning("no picture: matplotlib is not installed; pip install 'infl_cache[figures]'")
+        return None
+    top = ids[:DRAWN].tolist()
+    pictures = [picture_of(fetch(task.train, index, "train")) for index in top]
+    rows = -(-len(top) // ACROSS) if all(each is not None for each in pictures) else 0
+    figure = Figure(figsize=(9.6, 3.2 + 1.6 * rows), layout="constrained")
+    grid = figure.add_gridspec(1 + rows, ACROSS, height_ratios=[2.2, *[1] * rows])
+    _histogram(figure.add_subplot(grid[0, :]), values, ids)
+    for place, index in enumerate(top if rows else ()):
+        title = f"train {index}\n{label_text(labels[index], task.classes)}: {values[index]:.1e}"
+        axis = figure.add_subplot(grid[1 + place // ACROSS, place % ACROSS])
+        show(axis, pictures[place], title, "tab:red")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, buffer.getvalue())
+    return path
+
+
+def _histogram(axis: Any, values: NDArray[np.float64], ids: NDArray[np.int64]) -> None:
+    """All positive values over a log axis, the largest as red strokes."""
+    positive = values[values > 0]
+    if len(positive):
+        low, high = np.log10(positive.min()), np.log10(positive.max())
+        axis.hist(positive, bins=np.logspace(low - 0.02, high + 0.02, 60), color="tab:blue")
+        axis.set_xscale("log")
+    for value in values[ids[:DRAWN]]:
+        if value > 0:
+            axis.axvline(value, ymax=0.25, color="tab:red", linewidth=1.2)
+    rest = len(ids) - len(positive)
+    axis.set_title(f"Self-influence of {len(ids):,} training samples" + (f"; {rest:,} not above zero" if rest else ""))
+    axis.set_xlabel(f"self-influence (red: the {min(DRAWN, len(ids))} largest)")
+    axis.set_ylabel("training samples")
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
