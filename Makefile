@@ -49,8 +49,8 @@ validate: $(STAMP) ## is it true? retrain without chosen samples: ARGS='--kind l
 export: $(STAMP) ## the finished matrix as json or csv: ARGS='--format csv --out FILE'
 	$(BIN)/infl-cache export $(RUN) $(ARGS)
 
-test: $(STAMP) ## all tests (about 6 minutes on 2 cores)
-	$(BIN)/python -m pytest
+test: $(STAMP) ## all tests, a part of the files on each core
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

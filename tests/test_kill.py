@@ -1,10 +1,8 @@
 """SIGKILL at random moments: nothing committed is lost or done again, and the final files are those of a calm run."""
 
 import json
-import multiprocessing
 import os
 import random
-import signal
 import time
 from pathlib import Path
 
@@ -16,10 +14,9 @@ from infl_cache import Run, Task
 from infl_cache.disk.matrix import MatrixFile
 from infl_cache.disk.run import RunFolder
 from infl_cache.disk.store import Store
+from tests.killing import killed, note, started, wait_for_lines
 
 KILLS = 20
-# A server that has imported everything and computed nothing: its children start at once and may use threads.
-CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def task():
@@ -39,17 +36,12 @@ def all_stages(path, log):
     torch.set_num_threads(1)
     original_block, original_tile = Store.write_block, MatrixFile.write
 
-    def note(stage, block):
-        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(descriptor, f"{json.dumps([stage, block])}\n".encode())
-        os.close(descriptor)
-
     def write_block(self, block, data):
-        note(self.folder.stem, block.index)
+        note(log, json.dumps([self.folder.stem, block.index]))
         return original_block(self, block, data)
 
     def write(self, start, column, values):
-        note("influence", [start, column])
+        note(log, json.dumps(["influence", [start, column]]))
         return original_tile(self, start, column, values)
 
     Store.write_block, MatrixFile.write = write_block, write
@@ -73,21 +65,9 @@ def data_files(path):
     return {p.relative_to(path).as_posix(): p.read_bytes() for p in kept}
 
 
-def start(path, log):
-    child = CONTEXT.Process(target=all_stages, args=(path, log))
-    child.start()
-    return child
-
-
-def wait_for_lines(child, log, count):
-    while child.exitcode is None and (not log.exists() or log.read_bytes().count(b"\n") < count):
-        time.sleep(0.001)
-
-
 def test_twenty_sigkills_lose_nothing_repeat_nothing_and_change_nothing(tmp_path: Path):
-    CONTEXT.set_forkserver_preload(["tests.test_kill"])
     calm = tmp_path / "calm"
-    child = start(calm, tmp_path / "calm.log")
+    child = started(all_stages, calm, tmp_path / "calm.log")
     child.join()
     assert child.exitcode == 0
     expected = data_files(calm)
@@ -104,18 +84,14 @@ def test_twenty_sigkills_lose_nothing_repeat_nothing_and_change_nothing(tmp_path
         while not finished:
             log = tmp_path / "part.log"
             log.unlink(missing_ok=True)
-            child = start(path, log)
+            child = started(all_stages, path, log)
             if kills < KILLS:
                 # Some blocks further on, at any instant of computing, writing, syncing or committing.
                 wait_for_lines(child, log, moments.randrange(1, 12))
                 time.sleep(moments.uniform(0, 0.03))
             else:
                 child.join(120)
-            if child.exitcode is None:
-                os.kill(child.pid, signal.SIGKILL)
-            child.join()
-            assert child.exitcode in (0, -signal.SIGKILL)
-            finished = child.exitcode == 0
+            finished = not killed(child)
             kills += not finished
             computed = log.read_text().splitlines() if log.exists() else []
             assert len(computed) == len(set(computed)), "a block was computed twice in one run"

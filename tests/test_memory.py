@@ -10,9 +10,9 @@ from torch import nn
 
 from infl_cache import Run, Task
 
-BUDGET = 100_000_000
+BUDGET = 50_000_000
 ALLOWANCE = 500_000_000
-N_TRAIN, N_TEST, WIDTH = 1050, 12, 1000
+N_TRAIN, N_TEST, WIDTH = 525, 6, 1000
 
 
 class Noise:

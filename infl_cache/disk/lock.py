@@ -13,6 +13,9 @@ from filelock import FileLock, Timeout
 
 from infl_cache.errors import BadInput, Locked
 
+# Of this process; what is to be closed in a forked child. One handler for all, for none can be taken back.
+_HELD: set[FileLock] = set()
+
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
@@ -28,20 +31,26 @@ def only_writer(folder: Path) -> Iterator[None]:
                 f"{folder}: expected no other writer, found {_named(holder)}; wait for it or stop it"
             ) from None
         raise BadInput(f"{folder}: cannot be written: {error.strerror}; choose another --run") from error
-    os.register_at_fork(after_in_child=lambda: _let_go(lock))
+    _HELD.add(lock)
     try:
         holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
         yield
     finally:
         holder.unlink(missing_ok=True)
+        _HELD.discard(lock)
         lock.release()
 
 
-def _let_go(lock: FileLock) -> None:
-    """In a forked child (a data loader's worker): close the lock's file, or it would outlive a killed parent."""
-    if lock._context.lock_file_fd is not None:
-        os.close(lock._context.lock_file_fd)
-        lock._context.lock_file_fd = None
+def _let_go() -> None:
+    """In a forked child (a data loader's worker): close the locks' files, or they would outlive a killed parent."""
+    for lock in _HELD:
+        if lock._context.lock_file_fd is not None:
+            os.close(lock._context.lock_file_fd)
+            lock._context.lock_file_fd = None
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _named(holder: Path) -> str:

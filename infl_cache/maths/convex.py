@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from infl_cache.errors import BadInput
+from infl_cache.maths.cast import with_model
 from infl_cache.maths.curvature import Curvature, remembered
 from infl_cache.maths.minimise import Minimum, minimise
 from infl_cache.maths.params import Parameters, flatten, unflatten
@@ -53,29 +54,6 @@ PROBED, LOOKED_AT, SHARES = 32, 8, 32
 REMEDY = "give the task a retrain= (keep -> model): the built-in retraining is for convex models"
 
 
-def in_dtype(task: Task, model: nn.Module) -> Task:
-    """The task with another model, and its loss and measure in that model's type."""
-    dtype = _dtype(model) or _dtype(task.model)
-
-    def cast(function: Any) -> Any:
-        return copy.deepcopy(function).to(dtype) if isinstance(function, nn.Module) else function
-
-    return replace(task, model=model, loss=cast(task.loss), measure=cast(task.measure))
-
-
-def batch_like(batch: Batch, task: Task, model: nn.Module) -> Batch:
-    """A batch of the task's as a model in another floating type takes it."""
-    dtype, own = _dtype(model), _dtype(task.model)
-    if dtype is None or dtype == own:
-        return batch
-    wide = tree_map_only(Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, batch.data)
-    return replace(batch, data=wide)
-
-
-def _dtype(model: nn.Module) -> torch.dtype | None:
-    return next((each.dtype for each in model.parameters() if each.is_floating_point()), None)
-
-
 @dataclass
 class ConvexRetraining:
     """`retraining(keep)` is the task's model, in float64, at the minimum for the samples of the bool mask `keep` (n,).
@@ -97,7 +75,7 @@ class ConvexRetraining:
     tick: Callable[[], None]
 
     def __post_init__(self) -> None:
-        self.wide = in_dtype(self.task, copy.deepcopy(self.task.model).double())
+        self.wide = with_model(self.task, copy.deepcopy(self.task.model).double())
         self.trained = flatten(self.parameters, values_of(self.wide.model, self.parameters)).clone()
         self.batches = remembered(lambda: self._loaded(min(self.size, MAX_BATCH), self.rows), self.budget)
         self._full: Minimum | None = None
@@ -203,9 +181,8 @@ class ConvexRetraining:
             for name, value in unflatten(self.parameters, at).items():
                 named[name].copy_(value)
 
-    def _loaded(self, size: int, rows: Sequence[int]) -> Iterator[Batch]:
-        for batch in self.load([rows[i : i + size] for i in range(0, len(rows), size)]):
-            yield batch_like(batch, self.task, self.wide.model)
+    def _loaded(self, size: int, rows: Sequence[int]) -> Iterable[Batch]:
+        return self.load([rows[i : i + size] for i in range(0, len(rows), size)])
 
 
 def spread_over(rows: Sequence[int], count: int) -> list[int]:

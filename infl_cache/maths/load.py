@@ -42,7 +42,15 @@ def _load_module(place: str) -> Any:
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
         with blaming(f"task: module {place}"):
-            return importlib.import_module(place)
+            try:
+                return importlib.import_module(place)
+            except ModuleNotFoundError as error:
+                if error.name is not None and f"{place}.".startswith(f"{error.name}."):
+                    raise BadInput(
+                        f"task: expected a Python module, found none called {error.name}; is it on PYTHONPATH, or did"
+                        " you mean path/to/file.py:function?"
+                    ) from None
+                raise
     path = Path(place).resolve()
     if not path.is_file():
         raise BadInput(f"task: expected a Python file, found none at {place}")

@@ -18,11 +18,12 @@ from torch import Tensor
 from infl_cache.disk.durable import remove
 from infl_cache.disk.layout import Block
 from infl_cache.disk.run import RunFolder
-from infl_cache.disk.state import Header, read_header, read_state, write_state
+from infl_cache.disk.state import Header, read_header
 from infl_cache.errors import DamagedStore, Interrupted
 from infl_cache.maths.digest import digest_of
 from infl_cache.maths.solvers.base import State
 from infl_cache.progress import human_bytes, human_seconds
+from infl_cache.stages.kept import KeptState
 from infl_cache.stages.opening import Opened, log
 
 STATE = "s_test.state"
@@ -38,7 +39,11 @@ class Keeping:
     """A `Keeper` for one block after the other."""
 
     def __init__(self, run: Opened, stage: str = "stest") -> None:
-        self._run, self._stage, self._path = run, stage, run.folder.path / STATES[stage]
+        self._run, self._stage = run, stage
+        self._kept = KeptState(
+            run.folder.path / STATES[stage], "the state of the iteration", "the iteration starts at its beginning",
+            self._say, other="the state of another iteration, not gone on with",
+        )  # fmt: skip
         self._block, self._rhs, self._digest = Block(0, 0, 0), torch.empty(0), ""
         self._iteration, self._offers, self._due = 0, 0, 0.0
         self._asked_to_stop: float | None = None
@@ -53,24 +58,13 @@ class Keeping:
 
     def found(self) -> State | None:
         """The state last kept for the very same system and right-hand sides, if any."""
-        try:
-            header = read_header(self._path)
-            if header is None:
-                return None
-            if header.identity != self._identity():
-                self._say(f"{self._path}: the state of another iteration, not gone on with")
-                return None
-            arrays = read_state(self._path, header)
-        except DamagedStore as error:
-            self._say(f"{error}; the iteration starts at its beginning")
+        found = self._kept.read(self._identity(), self._run.device)
+        if found is None:
             return None
+        header, state = found
         self._iteration = int(header.facts["iteration"])
         log.info(f"block {self._block.index} goes on from iteration {self._iteration}, {_kept(header)}")
-        there = set(header.facts["on_device"])
-        return {
-            name: torch.from_numpy(array).to(self._run.device if name in there else "cpu")
-            for name, array in arrays.items()
-        }
+        return state
 
     def offer(self, state: Callable[[], State]) -> None:
         """Called after each iteration; keeps `state()` if the last one kept is old, or if it is time to stop."""
@@ -89,7 +83,7 @@ class Keeping:
 
     def forget(self) -> None:
         """The block is committed."""
-        remove([self._path])
+        remove([self._kept.path])
 
     def _stopping(self) -> bool:
         try:
@@ -101,14 +95,7 @@ class Keeping:
 
     def _keep(self, state: State) -> None:
         started = time.monotonic()
-        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in state.items()}
-        on_device = [name for name, tensor in state.items() if tensor.device.type != "cpu"]
-        facts = {"iteration": self._iteration, "when": time.time(), "on_device": on_device}
-        try:
-            write_state(self._path, self._identity(), facts, arrays)
-        except OSError as error:  # a full disk, say: that must not end what it is to protect
-            remove([self._path.with_name(f"{self._path.name}.partial")])
-            self._say(f"{self._path}: the state of the iteration could not be kept ({error.strerror})")
+        self._kept.write(self._identity(), {"iteration": self._iteration, "when": time.time()}, state)
         now = time.monotonic()
         self._due = now + CHECKPOINT_SECONDS * min(2.0, max(1.0, (now - started) / WRITING_SECONDS))
 

@@ -19,7 +19,8 @@ from infl_cache.disk.manifest import fingerprint
 from infl_cache.disk.run import RunFolder
 from infl_cache.disk.sweep import VALIDATION
 from infl_cache.errors import BadInput
-from infl_cache.maths.convex import ConvexRetraining, batch_like, in_dtype
+from infl_cache.maths.cast import with_model
+from infl_cache.maths.convex import ConvexRetraining
 from infl_cache.maths.digest import code_digest
 from infl_cache.maths.model import unwrapped
 from infl_cache.maths.params import Parameters
@@ -174,9 +175,9 @@ def measured(setting: Setting, model: nn.Module, tests: Sequence[int]) -> list[f
     found: list[float] = []
     groups: Any = [[tests[place] for place in group] for group in groups_of(0, len(tests), MEASURED_AT_ONCE)]
     with evaluating(model, setting.device), torch.no_grad():
-        task = in_dtype(setting.task, model)
+        task = with_model(setting.task, model)
         for batch in batches(task.test, "test", task.collate, groups, setting.device):
-            found += losses_of(task, batch_like(batch, setting.task, model), measure=True)[1].tolist()
+            found += losses_of(task, batch, measure=True)[1].tolist()
     return found
 
 

@@ -15,7 +15,7 @@ from infl_cache.disk.run import RunFolder
 from infl_cache.errors import ForeignRun
 from infl_cache.maths.digest import sample_digest
 from infl_cache.maths.params import Parameters
-from infl_cache.maths.probe import probe_batch
+from infl_cache.maths.probe import check_data, probe_batch
 from infl_cache.maths.samples import fetch, spread
 from infl_cache.maths.task import Task, losses_of
 from infl_cache.stages.opening import Opened, task_identity, test_identity
@@ -23,6 +23,8 @@ from infl_cache.stages.selection import count_of_tests
 
 CHECK_SECONDS = 2.0
 CHECKED_LOSSES = 8
+# How often a sample that is not the stored one is fetched twice; what is drawn anew may be the same once.
+FETCHED_AGAIN = 8
 REMEDY = "use another --run, or start this stage over with --force"
 
 
@@ -50,12 +52,14 @@ def check_against_store(run: Opened, stage: str) -> None:
 def check_digests(dataset: Any, name: str, rows: Sequence[int], stored: NDArray[Any]) -> None:
     """`ForeignRun` naming the first sample found that is not the one a stored row was computed from.
 
+    `BadInput` if that sample differs from itself when it is fetched twice.
     Goes through the rows in random order until two seconds have passed; all of them where those suffice.
     """
     deadline = time.perf_counter() + CHECK_SECONDS
     for position in np.random.default_rng(0).permutation(len(rows)):
         index = int(rows[position])
         if sample_digest(fetch(dataset, index, name)) != int(stored[position]):
+            check_data(dataset, name, [index] * FETCHED_AGAIN)
             raise ForeignRun(
                 f"{name}[{index}]: expected the sample that the stored rows were computed from, found another; {REMEDY}"
             )

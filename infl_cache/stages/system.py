@@ -11,9 +11,9 @@ import torch
 from infl_cache.config import StestOptions
 from infl_cache.errors import BadInput
 from infl_cache.maths.capture import Forms, capture
+from infl_cache.maths.cast import in_dtype
 from infl_cache.maths.curvature import Curvature, Rows, captured, output_rows, remembered
 from infl_cache.maths.curvature.jacobian import Jacobian, forms_for_products, of_gradients
-from infl_cache.maths.curvature.rows import in_dtype
 from infl_cache.maths.probe import activation_bytes, probe_batch
 from infl_cache.maths.samples import Batch, batches
 from infl_cache.stages.opening import Opened, stored_dtype

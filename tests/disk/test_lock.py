@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from infl_cache.disk.lock import only_writer
+from infl_cache.disk.lock import _HELD, only_writer
 from infl_cache.errors import BadInput, Locked
 
 HOLD = """
@@ -96,6 +96,13 @@ def test_a_holder_file_that_says_nothing_does_not_hide_that_the_folder_is_locked
         (tmp_path / ".lock-holder").write_text(text, encoding="latin-1")
         with pytest.raises(Locked, match="found another process"), only_writer(tmp_path):
             pass
+
+
+def test_the_handler_of_forks_is_registered_once_for_all_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "register_at_fork", lambda **_: pytest.fail("one more for every lock"))
+    with only_writer(tmp_path):
+        assert len(_HELD) == 1
+    assert not _HELD
 
 
 def test_a_folder_that_cannot_be_written_names_no_writer(nobody_writes):

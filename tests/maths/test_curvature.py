@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from infl_cache import BadInput
-from infl_cache.maths.curvature import largest_eigenvalue, remembered
 from infl_cache.maths.curvature import products as curvature
+from infl_cache.maths.curvature import remembered
 from infl_cache.maths.params import select
 from infl_cache.maths.probe import probe_batch
 from tests.driving import CPU, operator_of
@@ -469,38 +469,6 @@ def test_a_pass_that_was_broken_off_is_not_taken_for_a_whole_one():
     assert indices_of(again()) == list(range(10))
     assert indices_of(again()) == list(range(10))
     assert len(passes) == 2
-
-
-@pytest.mark.parametrize("name", ["logistic", "badly_scaled", "tokens", "inplace"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_largest_eigenvalue_is_estimated_from_below(name, kind):
-    with operator_of(TASKS[name](), kind, damping=0.01) as operator:
-        true = float(
-            torch.linalg.eigvalsh(operator(torch.eye(operator.parameters.size, dtype=torch.float64))).abs().max()
-        )
-        found = largest_eigenvalue(operator, operator.parameters.size, torch.zeros(1, dtype=torch.float64))
-    assert 0.95 * true <= found <= true * (1 + 1e-9)
-
-
-@pytest.mark.parametrize("lowest", [0.0, 0.5, 0.8])
-def test_the_largest_eigenvalue_is_found_where_the_next_is_close(lowest):
-    eigenvalues = torch.linspace(lowest, 1.0, 50, dtype=torch.float64)
-    found = largest_eigenvalue(lambda v: v * eigenvalues, 50, eigenvalues[:1])
-    assert 0.97 <= found <= 1
-
-
-def test_the_largest_eigenvalue_takes_its_type_from_the_right_hand_side_and_no_random_numbers():
-    state = torch.get_rng_state()
-    seen = []
-
-    def operator(v):
-        seen.append(v.dtype)
-        return 3 * v
-
-    assert largest_eigenvalue(operator, 5, torch.zeros(1)) == pytest.approx(3)
-    assert set(seen) == {torch.float32}
-    assert torch.equal(torch.get_rng_state(), state)
-    assert largest_eigenvalue(lambda v: 0 * v, 5, torch.zeros(1)) == 0
 
 
 def test_dict_batches_may_hold_what_is_no_tensor():

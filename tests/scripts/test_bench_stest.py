@@ -1,10 +1,6 @@
 import importlib
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +8,8 @@ import torch
 from infl_cache.maths.curvature.products import batch_product
 from infl_cache.maths.params import select
 from infl_cache.maths.probe import probe_batch
+from tests.scripts.running import ROOT, ran, refused
 
-ROOT = Path(__file__).resolve().parents[2]
 WAYS = ["loop", "hessian", "graph", "anew", "kept"]
 SOLVERS = ["cg", "pcg-none", "ekfac", "identity"]
 
@@ -25,23 +21,13 @@ def scripts(monkeypatch):
     return importlib.import_module
 
 
-def bench(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "bench_stest.py"), *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """A quick benchmark of one workload: what is left in its folder, its records, and what it printed."""
     folder = tmp_path_factory.mktemp("bench")
     only = ",".join([*WAYS, *SOLVERS, "exact"])
-    done = bench(folder, "--quick", "--workloads", "W2", "--rounds", "2", "--parts", "products,solvers",
-                 "--only", only, "--json", "figures.jsonl")  # fmt: skip
+    done = ran("bench_stest", folder, "--quick", "--workloads", "W2", "--rounds", "2", "--parts", "products,solvers",
+               "--only", only, "--json", "figures.jsonl")  # fmt: skip
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (folder / "figures.jsonl").read_text().splitlines()]
     return [path.name for path in folder.iterdir()], records, done.stdout
@@ -82,9 +68,9 @@ def test_it_leaves_nothing_but_its_figures(quick):
 
 @pytest.mark.parametrize("wrong", [["--workloads", "W4"], ["--only", "fast"], ["--parts", "x"], ["--rounds", "0"]])
 def test_it_refuses_what_it_does_not_know(wrong, tmp_path):
-    done = bench(tmp_path, *wrong)
-    assert done.returncode == 2
-    assert wrong[0] in done.stderr
+    code, said = refused("bench_stest", tmp_path, *wrong)
+    assert code == 2
+    assert wrong[0] in said
     assert not list(tmp_path.iterdir())
 
 

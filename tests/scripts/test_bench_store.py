@@ -1,32 +1,19 @@
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts.running import ran, refused
+
 COMPARED = ["write a block", "lz4", "files", "digests"]
 
 
-def bench(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "bench_store.py"), *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_it_prints_ratios_and_appends_them_and_leaves_nothing_else(tmp_path):
-    done = bench(tmp_path, "--quick", "--workloads", "W1,W5", "--rounds", "2", "--json", "figures.jsonl")
+    done = ran("bench_store", tmp_path, "--quick", "--workloads", "W1,W2", "--rounds", "2", "--json", "figures.jsonl")
     assert done.returncode == 0, done.stderr
     head, *rows = done.stdout.splitlines()
-    assert head.split()[-2:] == ["W1", "W5"]
+    assert head.split()[-2:] == ["W1", "W2"]
     assert [row.split(":")[0] for row in rows] == COMPARED
     records = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
-    assert [record["workload"] for record in records] == ["W1", "W5"]
+    assert [record["workload"] for record in records] == ["W1", "W2"]
     for record in records:
         assert [title.split(":")[0] for title in record["ratios"]] == COMPARED
         for ratio in record["ratios"].values():
@@ -36,7 +23,7 @@ def test_it_prints_ratios_and_appends_them_and_leaves_nothing_else(tmp_path):
 
 def test_it_refuses_what_it_does_not_know(tmp_path):
     for wrong in (["--workloads", "W9"], ["--rounds", "0"]):
-        done = bench(tmp_path, *wrong)
-        assert done.returncode == 2
-        assert wrong[0] in done.stderr
+        code, said = refused("bench_store", tmp_path, *wrong)
+        assert code == 2
+        assert wrong[0] in said
     assert not list(tmp_path.iterdir())

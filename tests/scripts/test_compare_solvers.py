@@ -1,26 +1,12 @@
 import gzip
 import importlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def compare(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "compare_solvers.py"), *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-    )
+from tests.scripts.running import ROOT, ran, refused
 
 
 @pytest.fixture
@@ -30,7 +16,17 @@ def pictures(monkeypatch):
 
 
 def test_solvers_are_compared_with_the_exact_one_and_with_the_same_retrainings(tmp_path):
-    done = compare(tmp_path, "--quick", "--tasks", "digits,MNIST", "--only", "cg,identity", "--json", "figures.jsonl")
+    done = ran(
+        "compare_solvers",
+        tmp_path,
+        "--quick",
+        "--tasks",
+        "digits,MNIST",
+        "--only",
+        "cg,identity",
+        "--json",
+        "figures.jsonl",
+    )
     assert done.returncode == 0, done.stderr
     assert "MNIST: skipped, --data names no folder" in done.stdout
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
@@ -55,9 +51,9 @@ def test_solvers_are_compared_with_the_exact_one_and_with_the_same_retrainings(t
 
 @pytest.mark.parametrize("wrong", [["--tasks", "letters"], ["--only", "fast"], ["--damping", "0"]])
 def test_it_refuses_what_it_does_not_know(wrong, tmp_path):
-    done = compare(tmp_path, *wrong)
-    assert done.returncode == 2
-    assert wrong[0] in done.stderr
+    code, said = refused("compare_solvers", tmp_path, *wrong)
+    assert code == 2
+    assert wrong[0] in said
     assert not list(tmp_path.iterdir())
 
 

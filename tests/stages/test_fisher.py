@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -18,12 +13,11 @@ from infl_cache.maths import tiled
 from infl_cache.maths.solvers.fisher import Fisher
 from infl_cache.stages import fisher as stage
 from tests import tasks
+from tests.killing import killed, note, started, wait_for_lines
 from tests.tasks import TASKS
 from tests.twins import gradient_rows
 
 QUIET = {"progress": False}
-# A server that has imported everything and computed nothing: its children start at once and may use threads.
-CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def dense_s_test(task, damping, rows=None):
@@ -188,9 +182,7 @@ def killable(path, log):
     real = TileFolder.put
 
     def put(self, kind, i, j, values):
-        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(descriptor, f"{kind} {i} {j}\n".encode())
-        os.close(descriptor)
+        note(log, f"{kind} {i} {j}")
         real(self, kind, i, j, values)
 
     TileFolder.put = put
@@ -198,7 +190,6 @@ def killable(path, log):
 
 
 def test_sigkills_lose_a_tile_at_most_and_change_nothing(tmp_path):
-    CONTEXT.set_forkserver_preload(["tests.stages.test_fisher"])
     path, calm, log = tmp_path / "killed", tmp_path / "calm", tmp_path / "log"
     for each in (path, calm):
         Run(each, tasks.mlp(n_train=64), **QUIET).grads()
@@ -207,16 +198,9 @@ def test_sigkills_lose_a_tile_at_most_and_change_nothing(tmp_path):
     finished = False
     while not finished:
         log.unlink(missing_ok=True)
-        child = CONTEXT.Process(target=killable, args=(path, log))
-        child.start()
-        wanted = 5 + 7 * kills
-        while child.exitcode is None and (not log.exists() or log.read_bytes().count(b"\n") < wanted):
-            time.sleep(0.001)
-        if child.exitcode is None:
-            os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        assert child.exitcode in (0, -signal.SIGKILL)
-        finished = child.exitcode == 0
+        child = started(killable, path, log)
+        wait_for_lines(child, log, 5 + 7 * kills)
+        finished = not killed(child)
         kills += not finished
         new = log.read_text().splitlines() if log.exists() else []
         assert len(new) == len(set(new))

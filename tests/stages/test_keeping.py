@@ -1,7 +1,6 @@
 """A solver that offers its state: killed and stopped anywhere, it goes on from there with the bits of a calm run."""
 
 import json
-import multiprocessing
 import os
 import signal
 
@@ -14,13 +13,13 @@ from infl_cache.disk.run import RunFolder
 from infl_cache.disk.state import read_header
 from infl_cache.maths.solvers import Solution
 from infl_cache.maths.solvers.base import FORGETFUL, relative_residual
-from infl_cache.stages import keeping
+from infl_cache.stages import keeping, kept
 from infl_cache.stages import stest as stage
 from tests import tasks
+from tests.killing import started
 
 STEPS, BLOCKS = 6, 2
 OPTIONS = {"damping": 0.5, "test_block_rows": 2, "progress": False}
-CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class Richardson:
@@ -66,8 +65,7 @@ def solve(path, log, kill_before=None):
 
 
 def in_a_process(path, log, kill_before=None):
-    child = CONTEXT.Process(target=solve, args=(path, log, kill_before))
-    child.start()
+    child = started(solve, path, log, kill_before)
     child.join(120)
     return child.exitcode
 
@@ -81,7 +79,6 @@ def store_of(path):
 
 
 def test_killed_before_any_step_it_repeats_none_and_ends_with_the_same_bytes(tmp_path):
-    CONTEXT.set_forkserver_preload(["tests.stages.test_keeping"])
     assert in_a_process(tmp_path / "calm", tmp_path / "calm.log") == 0
     assert steps(tmp_path / "calm.log") == [1, 2, 3, 4, 5, 6] * BLOCKS
     for moment in (1, 3, STEPS, STEPS + 2):
@@ -184,7 +181,7 @@ def test_a_disk_that_takes_no_state_ends_nothing(tmp_path, monkeypatch, caplog):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(keeping, "write_state", full)
+    monkeypatch.setattr(kept, "write_state", full)
     begun(tmp_path, monkeypatch).stest()
     assert "could not be kept (No space left on device)" in caplog.text
     assert np.isfinite(Run(tmp_path / "r").s_test(slice(None))).all()
@@ -192,7 +189,7 @@ def test_a_disk_that_takes_no_state_ends_nothing(tmp_path, monkeypatch, caplog):
 
 def test_a_state_is_kept_only_when_the_last_one_is_old(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(keeping, "write_state", lambda path, identity, facts, arrays: written.append(facts))
+    monkeypatch.setattr(kept, "write_state", lambda path, identity, facts, arrays: written.append(facts))
     run = begun(tmp_path, monkeypatch)
     monkeypatch.setattr(keeping, "CHECKPOINT_SECONDS", 3600.0)
     run.stest()

@@ -11,7 +11,6 @@ import torch
 from infl_cache import BadInput, Run
 from infl_cache.maths.curvature import Spectrum
 from infl_cache.stages import spectrum as module
-from infl_cache.stages import stest as stage
 from infl_cache.stages.spectrum import auto_damping
 from tests import tasks
 from tests.tasks import TASKS, normal
@@ -64,18 +63,10 @@ def test_a_margin_below_zero_is_not_taken_for_the_spectrum_of_a_sum_of_squares(t
         assert kept(run.path)["damping"] == pytest.approx(expected)
 
 
-def test_the_damping_chosen_once_holds_after_a_stop(tmp_path, monkeypatch):
+def test_the_damping_chosen_once_holds_after_a_stop(tmp_path, monkeypatch, lights_out):
     options = {"damping": "auto", "curvature": "hessian", "test_block_rows": 1, **QUIET}
     Run(tmp_path / "calm", tasks.mlp(), **options).stest()
-    original, calls = stage._right_hand_sides, []
-
-    def failing(run, forms, block):
-        calls.append(block.index)
-        if len(calls) == 3:
-            raise RuntimeError("the lights went out")
-        return original(run, forms, block)
-
-    monkeypatch.setattr(stage, "_right_hand_sides", failing)
+    lights_out()
     with pytest.raises(RuntimeError, match="lights"):
         Run(tmp_path / "r", tasks.mlp(), **options).stest()
     before = kept(tmp_path / "r")["damping"]

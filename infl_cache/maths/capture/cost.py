@@ -130,7 +130,20 @@ def unfactorable(
             why[layer.module] = "it sees samples of different lengths (pad to one length in collate=)"
         elif set(layer.names).intersection(elsewhere):
             why[layer.module] = "a parameter of it is also used where there is no rule"
+    while more := _sharing_with(layers, why):
+        why |= more
     return why
+
+
+def _sharing_with(layers: Sequence[Layer], why: Mapping[str, str]) -> dict[str, str]:
+    """The other layers that share a parameter with one of those in `why`: all layers of a parameter have one form."""
+    holders = {name: layer.module for layer in layers if layer.module in why for name in layer.names}
+    return {
+        layer.module: f"{shared[0]!r} is shared with layer {holders[shared[0]]!r}, which cannot be factored:"
+        f" {why[holders[shared[0]]]}"
+        for layer in layers
+        if layer.module not in why and (shared := [name for name in layer.names if name in holders])
+    }
 
 
 def asked_forms(text: str | None, layers: Sequence[Layer], cannot: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -9,14 +9,13 @@ were captured, `operator` is what the solvers see, `spectrum` estimates its eige
 
 from infl_cache.maths.curvature.operator import Curvature
 from infl_cache.maths.curvature.rows import Rows, captured, output_rows, remembered
-from infl_cache.maths.curvature.spectrum import Spectrum, largest_eigenvalue, spectrum_of
+from infl_cache.maths.curvature.spectrum import Spectrum, spectrum_of
 
 __all__ = [
     "Curvature",
     "Rows",
     "Spectrum",
     "captured",
-    "largest_eigenvalue",
     "output_rows",
     "remembered",
     "spectrum_of",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import Tensor
 
 from infl_cache.maths.capture.forms import Forms
+from infl_cache.maths.cast import in_dtype
 from infl_cache.maths.curvature.jacobian import Jacobian, capture_jacobian, forms_for_products, product
 from infl_cache.maths.curvature.products import batch_product
 from infl_cache.maths.samples import Batch, size_in_bytes
@@ -66,24 +65,6 @@ def output_rows(
         note("products from captured rows differ from differentiating twice, which takes their place")
         return None
     return task, forms, -(-rows.n_bytes // size), count
-
-
-def in_dtype(task: Task, dtype: torch.dtype) -> Task:
-    """The task with model, loss and float data in `dtype`; itself if the model's parameters have it."""
-    if next(task.model.parameters()).dtype == dtype:
-        return task
-
-    def cast(data: Any) -> Any:
-        return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, data)
-
-    forward, targets, loss = task.forward, task.targets, task.loss
-    return replace(
-        task,
-        model=copy.deepcopy(task.model).to(dtype),
-        loss=copy.deepcopy(loss).to(dtype) if isinstance(loss, nn.Module) else loss,
-        forward=lambda model, data: forward(model, cast(data)),
-        targets=lambda data: targets(cast(data)),
-    )
 
 
 def captured(task: Task, forms: Forms, batches: Callable[[], Iterable[Batch]]) -> Callable[[], Iterable[Jacobian]]:

@@ -3,7 +3,7 @@ r"""LiSSA, the recursion of Agarwal et al. (2017) and of Koh & Liang (2017, sect
 .. math:: h_{t+1} = v + h_t - (C_{batch} h_t + \lambda h_t) / scale, \qquad s = h / scale
 
 converges to :math:`(C + \lambda I)^{-1} v` if `scale` exceeds the largest eigenvalue. What users of the
-recursion meet as NaN, or as knobs nobody can set, is chosen here: the scale from a power iteration, the depth
+recursion meet as NaN, or as knobs nobody can set, is chosen here: the scale from the ends of the spectrum, the depth
 from scale and damping, the batch by doubling it when the residual no longer falls.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infl_cache.maths.curvature import Curvature, Spectrum, largest_eigenvalue
+from infl_cache.maths.curvature import Curvature, Spectrum, spectrum_of
 from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution, Solve, State, norms, relative_residual
 
 FIRST_BATCH = 128
@@ -51,22 +51,24 @@ class LiSSA:
         """Estimate the scale once; the operator must be a `Curvature`, whose single batches are sampled."""
         if not isinstance(operator, Curvature):
             raise TypeError(f"LiSSA samples the curvature: expected a Curvature, found {type(operator).__name__}")
-        known: list[float] = [] if self.scale is None else [self.scale]
-        smallest: list[float] = [operator.shift] if operator.kind != "hessian" else []
-        if self.spectrum is not None:
-            # A third above the estimate: single batches curve more than the mean.
-            known = known or [1.33 * (max(0.0, self.spectrum.largest) + operator.shift) + 1e-12]
-            smallest = smallest or [min(0.0, self.spectrum.smallest) + operator.shift]
+        ends: list[tuple[float, float]] = []
 
         def solved(rhs: Tensor, keeper: Keeper = FORGETFUL) -> Solution:
-            if not known:
-                # A third above the estimate: it comes from below, and single batches curve more than the mean.
-                known.append(1.33 * largest_eigenvalue(operator, rhs.shape[1], rhs[:1]) + 1e-12)
-            if not smallest:
-                smallest.append(_smallest_eigenvalue(operator, rhs))
-            return self._averaged(operator, rhs, known[0], smallest[0], keeper)
+            if not ends:
+                ends.append(self._ends(operator, rhs))
+            return self._averaged(operator, rhs, *ends[0], keeper)
 
         return solved
+
+    def _ends(self, operator: Curvature, rhs: Tensor) -> tuple[float, float]:
+        """The scale, and the smallest eigenvalue of the operator."""
+        definite, shift = operator.kind != "hessian", operator.shift
+        if self.scale is not None and definite:
+            return self.scale, shift
+        known = self.spectrum or spectrum_of(lambda v: operator(v) - shift * v, rhs.shape[1], rhs[:1])
+        # A third above the estimate: single batches curve more than the mean.
+        scale = 1.33 * (max(0.0, known.largest) + shift) + 1e-12 if self.scale is None else self.scale
+        return scale, shift if definite else min(0.0, known.smallest) + shift
 
     def _averaged(self, operator: Curvature, rhs: Tensor, scale: float, smallest: float, keeper: Keeper) -> Solution:
         value, first, steps = torch.zeros_like(rhs), 0, 0
@@ -181,13 +183,6 @@ class _Walk:
             "reals": torch.tensor([self.scale, self.best_worst, self.last], dtype=torch.float64),
             "counts": torch.tensor([self.step, self.batch, self.depth, self.doublings]),
         }  # fmt: skip
-
-
-def _smallest_eigenvalue(operator: Curvature, rhs: Tensor) -> float:
-    """The smallest eigenvalue of an operator that may be indefinite, estimated a little low, never above the shift."""
-    size, top = rhs.shape[1], 1.1 * largest_eigenvalue(operator, rhs.shape[1], rhs[:1]) + 1e-12
-    gap = largest_eigenvalue(lambda v: top * v - operator(v), size, rhs[:1], steps=200)
-    return min(operator.shift, top - 1.02 * gap)
 
 
 def _sampled(operator: Curvature, batch: int, generator: torch.Generator, h: Tensor) -> Tensor:

@@ -288,13 +288,13 @@ class Summed(nn.Module):
         return self.head(self.each(x).sum(1))
 
 
-def ragged(asked):
+def ragged(asked, make=Summed):
     samples = Samples([(normal(2 + i % 2, 5, seed=i), i % 3) for i in range(10)])
 
     def collate(chosen):
         return nn.utils.rnn.pad_sequence([x for x, _ in chosen], True), torch.tensor([y for _, y in chosen])
 
-    task = classified(built(Summed, torch.float64), normal(2, 1), 1, 3, train=samples, collate=collate)
+    task = classified(built(make, torch.float64), normal(2, 1), 1, 3, train=samples, collate=collate)
     return decided(task, layer_forms=asked)
 
 
@@ -307,6 +307,25 @@ def test_a_layer_that_cannot_be_factored_is_refused_with_the_reason():
     assert unfactorable([linear("down", 3, 4), shared], elsewhere={"up.weight"}) == {
         "up": "a parameter of it is also used where there is no rule"
     }
+
+
+def test_a_layer_is_no_factor_where_a_layer_that_shares_its_parameter_cannot_be_one():
+    class Shared(Summed):
+        def __init__(self):
+            super().__init__()
+            self.again, self.last = nn.Linear(4, 3), nn.Linear(4, 3)
+            self.again.weight = self.head.weight
+            self.last.bias = self.again.bias
+
+        def forward(self, x):
+            hidden = self.each(x)
+            return self.head(hidden.sum(1)) + torch.tanh(self.again(hidden)).sum(1) + self.last(hidden.mean(1))
+
+    for layer, shared, other in (("head", "head.weight", "again"), ("last", "again.bias", "again")):
+        reason = rf"^layer-forms: layer '{layer}' .*, '{shared}' is shared with layer '{other}', which cannot be .*: it"
+        with pytest.raises(BadInput, match=reason):
+            ragged(f"{layer}=factored", Shared)
+    assert ragged(None, Shared)[0].factored == ()
 
 
 def test_of_the_layers_that_a_pattern_matches_those_are_factored_that_can_be():

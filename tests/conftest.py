@@ -1,0 +1,20 @@
+"""What all tests share: one thread for each process, and the longest files first."""
+
+import os
+
+import torch
+
+# Small sums gain nothing from threads, several processes lose by them, and on one thread a sum has one order.
+# Children take it from here.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# Where files are given out to processes, none of these is to be begun last and waited for alone.
+LONGEST = (
+    "test_readme.py", "test_kill.py", "test_memory.py", "test_compare_solvers.py", "test_bench_stest.py",
+    "test_bench_grads.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
