@@ -104,7 +104,13 @@ class SelectionOptions:
 
 @dataclass(frozen=True)
 class InfluenceOptions:
-    """Stage 3: what is kept beside the matrix. Changing these recomputes rankings, never the matrix."""
+    """Stage 3: how it multiplies, and what is kept. Changing these recomputes rankings; product-dtype the matrix."""
+
+    product_dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "element type of the products; bfloat16 is faster where the processor or GPU has units for it, and rounds; its"
+        " error is measured. What is stored in float64 is multiplied in it by default",
+    )
 
     top_k: int = option(100, "length of each ranking of helpful and of harmful training samples", 1)
     top_k_train: int = option(10, "length of each training sample's rankings of test samples", 1)

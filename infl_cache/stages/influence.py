@@ -30,7 +30,7 @@ from infl_cache.stages.blocks import some
 from infl_cache.stages.grads import grads, rows_at_once
 from infl_cache.stages.opening import Opened, StageResult, log, summary
 from infl_cache.stages.rankings import ROOM, has_matrix, new_standings, write_rankings
-from infl_cache.stages.rounding import TEST_SAMPLES, measured_rounding
+from infl_cache.stages.rounding import TEST_SAMPLES, measured_rounding, product_error
 from infl_cache.stages.same import check_against_store
 from infl_cache.stages.selection import asked_tests, held_tests
 from infl_cache.stages.source import piece_reader
@@ -61,6 +61,8 @@ def influence(run: Opened, force: Force = False) -> StageResult:
     skipped_train, skipped_test = _require_parents(run)
     _require_asked(run)
     identity = {"grads": folder.fingerprint("grads"), "stest": folder.fingerprint("stest")}
+    if run.options.influence.product_dtype != "float32":
+        identity["product_dtype"] = run.options.influence.product_dtype
     plan = folder.claim("influence", run.task_identity, identity, force)
     if plan is not None and _must_begin_anew(run, plan):
         plan = folder.claim("influence", run.task_identity, identity, True)
@@ -216,6 +218,7 @@ def _tile_values(run: Opened, forms: Forms, todo: Sequence[Tile]) -> Iterator[tu
     dtype = _product_dtype(run)
     read_test = _tested_rows(run, run.folder.store("stest"))
     _measure_rounding(run, forms, read_test)
+    narrow = torch.bfloat16 if run.options.influence.product_dtype == "bfloat16" else None
     n_train = len(run.task.train)
     order = [block for tile in todo for block in tile.train]
     following = iter([*order[1:], None])
@@ -225,10 +228,14 @@ def _tile_values(run: Opened, forms: Forms, todo: Sequence[Tile]) -> Iterator[tu
             started = time.perf_counter()
             if loaded is None or loaded[0] != tile.test:
                 loaded = None  # the last tile's memory goes before the next one's comes
-                loaded = (tile.test, scores.queries(forms, read_test(tile.test).to(dtype)))
+                loaded = (tile.test, scores.queries(forms, read_test(tile.test).to(narrow or dtype)))
             found = []
             for block in tile.train:
                 for factors, dense in read_train(block, next(following)):
+                    if narrow and "product_error" not in run.folder.plan("influence"):
+                        first = read_test(tile.test)[:TEST_SAMPLES].to(dtype)
+                        error = product_error(forms, first, factors, dense, run.budget // 8)
+                        run.folder.remember("influence", product_error=error)
                     dots = scores.scores(forms, loaded[1], factors, dense, run.budget // 8)
                     found.append(scores.influence(dots, n_train))
             values = torch.cat(found, 1).to("cpu", torch.float32).numpy()
@@ -271,6 +278,8 @@ def _product_dtype(run: Opened) -> torch.dtype:
     """The type of the products: float64 if gradients or s_test are kept in it, else float32."""
     kept = [run.folder.manifest.stages["grads"]["identity"]["dtype"]]
     kept += [layout.dtype for layout in run.folder.array_layouts("stest") if layout.path == "s_test"]
+    if run.options.influence.product_dtype == "bfloat16":
+        return torch.float32
     return torch.float64 if "float64" in kept else torch.float32
 
 

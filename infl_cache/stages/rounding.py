@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from infl_cache.maths import scores
-from infl_cache.maths.capture import Forms, capture, rows_of
+from infl_cache.maths.capture import Factors, Forms, capture, rows_of
 from infl_cache.maths.narrow import agreement
 from infl_cache.maths.probe import probe_batch
 from infl_cache.maths.samples import groups_of, spread
@@ -32,6 +32,20 @@ def measured_rounding(run: Opened, forms: Forms, dtype: str, queries: Tensor, at
     right, found = torch.cat(exact, 1).double(), torch.cat(kept, 1).double()
     finite = torch.isfinite(right).all(0)  # samples without a finite gradient have no influence to be compared
     return {**agreement(right[:, finite], found[:, finite]), "train": int(finite.sum()), "test": len(queries)}
+
+
+def product_error(
+    forms: Forms, queries: Tensor, factors: Factors, dense: Tensor, budget: int
+) -> dict[str, float | int]:
+    """Influences of some training samples on `queries` (M, n_params), in bfloat16 beside their own type."""
+    kept = {key: (a[:TRAIN_SAMPLES], g[:TRAIN_SAMPLES]) for key, (a, g) in factors.items()}
+    finite = queries[torch.isfinite(queries).all(1)]
+    right, found = (
+        scores.scores(forms, scores.queries(forms, finite.to(kind)), kept, dense[:TRAIN_SAMPLES], budget).double()
+        for kind in (finite.dtype, torch.bfloat16)
+    )
+    columns = torch.isfinite(right).all(0)
+    return {**agreement(right[:, columns], found[:, columns]), "train": int(columns.sum()), "test": len(finite)}
 
 
 def test_gradients(run: Opened, forms: Forms, at_once: int) -> Tensor:

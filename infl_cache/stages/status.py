@@ -101,6 +101,8 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
         details["last commit"] = f"{human_seconds(max(0.0, time.time() - last))} ago"
     if stage == "grads":
         details.update(_grads_details(folder, array_bytes(records.values()), rows_done))
+    if stage == "influence" and "product_error" in folder.plan("influence"):
+        details["products"] = f"bfloat16: {rounding_line(folder.plan('influence')['product_error'])}"
     if stage == "influence" and "rounding" in folder.plan("influence"):
         details["rounding"] = rounding_line(folder.plan("influence")["rounding"])
     if stage in SOLVED:

@@ -124,6 +124,22 @@ def test_a_flipped_bit_in_a_store_never_reaches_the_matrix(file, tmp_path):
     assert not (tmp_path / "r" / "influence.npy").exists()
 
 
+@pytest.mark.parametrize("form", ["auto", "dense"])
+def test_products_in_bfloat16_are_near_and_say_how_near(form, tmp_path):
+    run = Run(tmp_path / "r", tasks.mlp(), damping=0.1, form=form, product_dtype="bfloat16", **QUIET)
+    run.all()
+    error = relative(run.scores(), expected_matrix(run))
+    assert 1e-5 < error < 2e-2
+    measured = run.folder.plan("influence")["product_error"]
+    assert measured["relative"] == pytest.approx(error, rel=0.5)
+    assert "bfloat16: influences change by" in str(run.status())
+    with pytest.raises(ForeignRun, match="product_dtype"):
+        Run(tmp_path / "r", tasks.mlp(), product_dtype="float32", **QUIET).influence()
+    again = Run(tmp_path / "r", tasks.mlp(), product_dtype="float32", **QUIET)
+    again.influence(force=True)
+    assert relative(again.scores(), expected_matrix(again)) <= 1e-6
+
+
 def test_a_valid_chunk_in_another_place_never_reaches_the_matrix(tmp_path):
     run = Run(tmp_path / "r", tasks.mlp(), damping=0.1, form="dense", block_rows=5, **QUIET)
     run.grads(), run.stest()
