@@ -103,7 +103,7 @@ def test_a_toml_file_serves_as_well_and_the_command_line_wins(here):
         ("grads --task task.py:broken --run r", "raised KeyError: 'no data here'"),
         ("grads --task task.py:number --run r", "to return an infl_cache.Task, found int"),
         ("grads --task task.py:small --run r --task-args.depth 3", "cannot be called with {'depth': 3}"),
-        ("grads --task no.such.module:f --run r", "No module named"),
+        ("grads --task no.such.module:f --run r", "expected a Python module, found none called no"),
         ("grads --task task.py:small --run r --form wide", "form: expected one of auto, dense, found 'wide'"),
         ("grads --task task.py:small --run r --damping -1", "damping: expected a finite number at least 0.0, found -1"),
         ("grads --task task.py:small --run r --damping abc", "damping"),

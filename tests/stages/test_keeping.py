@@ -13,7 +13,7 @@ from infl_cache.disk.run import RunFolder
 from infl_cache.disk.state import read_header
 from infl_cache.maths.solvers import Solution
 from infl_cache.maths.solvers.base import FORGETFUL, relative_residual
-from infl_cache.stages import keeping, kept
+from infl_cache.stages import keeping, kept, solving
 from infl_cache.stages import stest as stage
 from tests import tasks
 from tests.killing import started
@@ -60,7 +60,7 @@ def solve(path, log, kill_before=None):
             os.kill(os.getpid(), signal.SIGKILL)
 
     keeping.CHECKPOINT_SECONDS = 0.0
-    stage.make_solver = lambda *_: Richardson(log, happens)
+    solving.make_solver = lambda *_: Richardson(log, happens)
     Run(path, tasks.mlp(n_test=4), **OPTIONS).stest()
 
 
@@ -93,7 +93,7 @@ def test_killed_before_any_step_it_repeats_none_and_ends_with_the_same_bytes(tmp
 
 def begun(tmp_path, monkeypatch, happens=lambda step: None, **options):
     monkeypatch.setattr(keeping, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(stage, "make_solver", lambda *_: Richardson(tmp_path / "log", happens))
+    monkeypatch.setattr(solving, "make_solver", lambda *_: Richardson(tmp_path / "log", happens))
     return Run(tmp_path / "r", tasks.mlp(n_test=4), **{**OPTIONS, **options})
 
 

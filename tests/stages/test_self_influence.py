@@ -143,7 +143,7 @@ def test_an_interrupted_stage_goes_on_after_the_last_block_with_the_same_bytes(s
 def test_a_long_iteration_is_kept_under_its_own_name(tmp_path, monkeypatch):
     monkeypatch.setattr(keeping, "CHECKPOINT_SECONDS", 0.0)
     kept = []
-    monkeypatch.setattr(keeping.Keeping, "forget", lambda self: kept.append(self._path))
+    monkeypatch.setattr(keeping.Keeping, "forget", lambda self: kept.append(self._kept.path))
     run = made(tmp_path / "r", tasks.mlp(), solver="cg")
     assert kept[0].name == "self_influence.state"
     assert kept[0].exists()
