@@ -80,6 +80,8 @@ class BlockReader:
 
     def expect(self, block: Block) -> None:
         """Ask the system to fetch the files of `block`, which will be read next; returns at once."""
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
         for record in self._files(block).values():
             try:
                 descriptor = os.open(self._file(record), os.O_RDONLY)

@@ -35,7 +35,7 @@ from infl_cache.stages.same import check_against_store
 from infl_cache.stages.selection import asked_tests, held_tests
 from infl_cache.stages.source import piece_reader
 from infl_cache.stages.standings import Standings
-from infl_cache.stages.tally import IntoMatrix, IntoRankings, Tally, column_mask, tiles_done
+from infl_cache.stages.tally import IntoMatrix, IntoRankings, Tally, column_mask, resumed, state_of
 from infl_cache.stages.tiles import (
     FINAL,
     PARTIAL,
@@ -73,12 +73,16 @@ def influence(run: Opened, force: Force = False) -> StageResult:
     else:
         _extend(folder)
     tiles = planned_tiles(folder)
-    done = checked_tiles(folder, tiles) if has_matrix(folder) else tiles_done(run)
+    standings: Standings | None = None
+    if has_matrix(folder):
+        done = set(checked_tiles(folder, tiles))
+        standings = None if done else new_standings(run)  # else made from the matrix: some tiles passed earlier
+    else:
+        standings, done = resumed(run)
     todo = [tile for tile in tiles if tile.index not in done]
-    standings = _compute(run, tiles, todo, skipped_train) if todo else None
+    if todo:
+        _compute(run, tiles, todo, skipped_train, standings)
     _finish(folder)
-    if standings is None and not has_matrix(folder):
-        IntoRankings(run, standings := new_standings(run))
     write_rankings(run, bool(force) or bool(todo), standings)
     notes = [f"test samples {some(skipped_test)} have no s_test; their rows are NaN"] if skipped_test else []
     if skipped_train:
@@ -158,7 +162,7 @@ def _must_begin_anew(run: Opened, plan: Mapping[str, Any]) -> bool:
     records = run.folder.records("influence")
     if kept:
         return len(records) < int(plan["n_rows"])
-    return wanted or (bool(records) and not tiles_done(run))
+    return wanted or (bool(records) and state_of(run) is None)
 
 
 def _n_tiles(folder: RunFolder, tests: Sequence[Sequence[int]], tile_blocks: int) -> int:
@@ -190,27 +194,26 @@ def _open_matrix(run: Opened, anew: bool) -> MatrixFile:
     return MatrixFile(partial, writable=True)
 
 
-def _compute(run: Opened, tiles: Sequence[Tile], todo: Sequence[Tile], skipped: Sequence[int]) -> Standings | None:
-    """Compute the given tiles; return what all tiles add up to, unless some of them passed in an earlier process."""
+def _compute(
+    run: Opened, tiles: Sequence[Tile], todo: Sequence[Tile], skipped: Sequence[int], standings: Standings | None
+) -> None:
+    """Compute the tiles `todo` into the matrix and the standings, or the standings alone."""
     folder = run.folder
     forms = Forms.from_json(folder.plan("grads")["forms"])
     samples = folder.samples("stest")
-    anew = len(todo) == len(tiles)
-    standings = new_standings(run) if anew or not has_matrix(folder) else None
     total, left = (sum(len(tested(samples, tile.test)) * tile.width for tile in chosen) for chosen in (tiles, todo))
     tally: Tally
     if has_matrix(folder):
-        tally = IntoMatrix(folder, _open_matrix(run, anew), standings)
+        tally = IntoMatrix(folder, _open_matrix(run, anew=len(todo) == len(tiles)), standings)
     else:
         assert standings is not None
-        tally = IntoRankings(run, standings)
+        tally = IntoRankings(run, standings, {tile.index for tile in tiles} - {tile.index for tile in todo})
     with closing(tally), progress("influence", total, total - left, "pair", run.options.resources.progress) as bar:
         for tile, values, seconds in _tile_values(run, forms, todo):
             values[:, column_mask(tile.columns, skipped)] = np.nan
             tally.put(tile, values, seconds)
             bar.advance(values.size)
             run.check()
-    return standings
 
 
 def _tile_values(run: Opened, forms: Forms, todo: Sequence[Tile]) -> Iterator[tuple[Tile, Floats, float]]:

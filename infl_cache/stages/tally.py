@@ -22,6 +22,7 @@ from infl_cache.disk.run import RunFolder
 from infl_cache.disk.state import Header, read_header, read_state, write_state
 from infl_cache.errors import DamagedStore
 from infl_cache.stages.opening import Opened, log
+from infl_cache.stages.rankings import new_standings
 from infl_cache.stages.standings import Standings
 from infl_cache.stages.tiles import FINAL, Tile, tested
 
@@ -64,15 +65,10 @@ class IntoMatrix:
 class IntoRankings:
     """Tiles into standings that are kept every two minutes, and when no more come."""
 
-    def __init__(self, run: Opened, standings: Standings) -> None:
-        self._folder, self._standings = run.folder, standings
+    def __init__(self, run: Opened, standings: Standings, done: set[int]) -> None:
+        self._folder, self._standings, self._done = run.folder, standings, set(done)
         self._identity = state_identity(run)
         self._samples = run.folder.samples("stest")
-        self._done = tiles_done(run)
-        if self._done:
-            header = _header(run)
-            assert header is not None
-            standings.restore(read_state(run.folder.path / STATE, header))
         self._pending: list[tuple[int, float]] = []
         self._due = time.monotonic() + KEEP_SECONDS
 
@@ -107,22 +103,34 @@ def state_identity(run: Opened) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tiles_done(run: Opened) -> set[int]:
-    """The tiles that are in the state, if there is one for this run and its options, sound in every byte."""
+def state_of(run: Opened) -> Header | None:
+    """What the kept state says it holds, if it belongs to this run and its options; its content is not compared."""
     try:
-        header = _header(run)
-        if header is None:
-            return set()
-        read_state(run.folder.path / STATE, header)
-        return {int(index) for index in header.facts["tiles"]}
+        header = read_header(run.folder.path / STATE)
+    except DamagedStore as error:
+        log.warning(f"{error}; the rankings start at their beginning")
+        return None
+    return header if header is not None and header.identity == state_identity(run) else None
+
+
+def resumed(run: Opened) -> tuple[Standings, set[int]]:
+    """What the rankings are made of so far and the tiles that are in it: from a sound state, else nothing yet.
+
+    A kill may have come between the state and the ledger, which then learns of its last tiles.
+    """
+    header = state_of(run)
+    if header is None:
+        return new_standings(run), set()
+    standings = new_standings(run)
+    try:
+        standings.restore(read_state(run.folder.path / STATE, header))
+        done = {int(index) for index in header.facts["tiles"]}
     except (DamagedStore, KeyError, TypeError, ValueError) as error:
         log.warning(f"{error}; the rankings start at their beginning")
-        return set()
-
-
-def _header(run: Opened) -> Header | None:
-    header = read_header(run.folder.path / STATE)
-    return header if header is not None and header.identity == state_identity(run) else None
+        return new_standings(run), set()
+    for index in sorted(done - run.folder.records("influence").keys()):
+        run.folder.commit("influence", Block(index, index, index + 1), [], 0.0)
+    return standings, done
 
 
 def column_mask(columns: slice, skipped: Sequence[int]) -> NDArray[np.bool_]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from infl_cache import Run
+from infl_cache.disk.run import RunFolder
 from infl_cache.disk.state import read_header, write_state
 from infl_cache.errors import IncompleteStore
 from infl_cache.stages import influence as stage
@@ -77,6 +78,26 @@ def test_a_state_is_older_than_the_tiles_only_by_the_time_it_says(tmp_path, smal
     Run(tmp_path / "r", tasks.mlp(), matrix=False, **OPTIONS).all()
     assert [len(tiles) for tiles in written] == list(range(1, len(written) + 1))
     assert len(written) > 3
+
+
+def test_a_kill_between_state_and_ledger_leaves_a_run_that_can_be_finished(tmp_path, with_matrix, monkeypatch):
+    run = Run(tmp_path / "r", tasks.mlp(), matrix=False, **OPTIONS)
+    run.grads(), run.stest()
+    plain = RunFolder.commit
+
+    def killed(self, stage, *args, **more):
+        if stage == "influence":
+            raise RuntimeError("killed")
+        return plain(self, stage, *args, **more)
+
+    monkeypatch.setattr(RunFolder, "commit", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        run.influence()
+    monkeypatch.undo()
+    again = Run(run.path, tasks.mlp(), progress=False)
+    assert again.influence().computed == 0, "all tiles are in the state"
+    assert len(again.folder.require_complete("influence")) == len(read_header(run.path / tally.STATE).facts["tiles"])
+    same(rankings(again), with_matrix)
 
 
 @pytest.mark.parametrize("damage", ["flip", "gone", "head"])
