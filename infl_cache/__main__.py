@@ -24,6 +24,7 @@ from infl_cache.pipeline import STAGES, Run
 from infl_cache.progress import human_bytes, human_seconds
 from infl_cache.stages.export import FORMATS, export
 from infl_cache.stages.opening import StageResult
+from infl_cache.stages.plan import PlanOptions
 from infl_cache.stages.report import report
 from infl_cache.stages.status import status
 from infl_cache.stages.validate import ValidateOptions
@@ -34,7 +35,7 @@ HELP = {
     "stest": "stage 2: s_test of the test samples (all, or those of --test) into RUN/s_test.zarr",
     "influence": "stage 3: the influence matrix RUN/influence.npy and the rankings",
     "run": "the three stages in order, then a short report",
-    "plan": "before anything runs: how each layer's gradient is had and kept, bytes, rates, store or not",
+    "plan": "before anything runs: bytes, memory and time of each stage, and what other choices would cost",
     "status": "what is done, what is left, sizes, rates (also while a run is going on)",
     "verify": "compare every byte of the run folder with its ledger; exit 4 if something is damaged",
     "validate": "is it true? retrains without chosen samples, beside what a finished run predicts; into RUN/validate",
@@ -47,7 +48,7 @@ EPILOG = """examples:
   infl-cache stest --task task.py:cifar --run runs/cifar --damping 0.1 --force
   infl-cache run --task task.py:cifar --run runs/cifar --test 0:1000
   infl-cache run --config runs/cifar/run.yaml
-  infl-cache plan --task task.py:cifar --run runs/cifar --dtype bfloat16
+  infl-cache plan --task task.py:cifar --run runs/cifar --n-train 10^9 --device h100 --disk 7GB/s
   infl-cache status runs/cifar
   infl-cache validate --task task.py:cifar --run runs/cifar --kind lds --subsets 100
   infl-cache export runs/cifar --format csv --out influence.csv
@@ -123,6 +124,8 @@ def _stage_parser(name: str) -> ArgumentParser:
     }
     for option, section, field in option_fields():
         _add_option(groups[section], option, get_type_hints(SECTIONS[section])[option], field)
+    for field in dataclasses.fields(PlanOptions) if name == "plan" else ():
+        _add_option(made, field.name, field.type, field)
     return made
 
 
@@ -251,6 +254,13 @@ def _validate(given: Namespace) -> None:
         print(f"scatter plot: {found.picture}")
 
 
+def _plan(given: Namespace) -> None:
+    own = {name: given.pop(name) for name in ("device", *get_type_hints(PlanOptions))}
+    made = _prepared(given)[0].plan(**{name: value for name, value in own.items() if value is not None})
+    print(made)
+    made.require_room()
+
+
 def _status(given: Namespace) -> None:
     print(status(RunFolder(Path(given.run))))
 
@@ -277,7 +287,7 @@ def _report(given: Namespace) -> None:
 COMMANDS: dict[str, Callable[[Namespace], None]] = {
     **{name: (lambda given, name=name: _run_stages([name], given)) for name in STAGES},  # type: ignore[misc]
     "run": lambda given: _run_stages(list(STAGES), given),
-    "plan": lambda given: print(_prepared(given)[0].plan()),
+    "plan": _plan,
     "validate": _validate,
     "status": _status,
     "verify": _verify,
