@@ -19,6 +19,8 @@ from infl_cache.stages.opening import Opened
 # Samples and test rows of the trial product.
 SAMPLES, ROWS = 256, 32
 HEADER = 128
+# Names and headers of the arrays in `rankings.npz`.
+ARCHIVE = 4700
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class InfluencePlan:
     write: float
     ranking: float
     memory: float
+    matrix: bool = True
 
     @property
     def passes(self) -> int:
@@ -48,13 +51,14 @@ class InfluencePlan:
 
     @property
     def ranking_bytes(self) -> int:
-        """Size of `rankings.npz`: ids and values of both ends, and the mean over all test samples."""
-        return 2 * 12 * min(self.top_k, self.n_train) * (self.n_test + 1) + 4 * self.n_train
+        """Size of `rankings.npz`: ids and values of both ends, of test and of training samples, without classes."""
+        tests = min(self.top_k, self.n_train) * (self.n_test + 1)
+        return 24 * (tests + self.n_train * min(self.top_k, self.n_test)) + 4 * self.n_train + ARCHIVE
 
     @property
     def n_bytes(self) -> int:
-        """Both."""
-        return self.matrix_bytes + self.ranking_bytes
+        """Both, or the rankings alone (`--no-matrix`)."""
+        return (self.matrix_bytes if self.matrix else 0) + self.ranking_bytes
 
     @property
     def seconds(self) -> float:

@@ -67,6 +67,7 @@ def _measured(run: Opened, asked: PlanOptions, free: int) -> tuple[Plan, tuple[F
         n_train, n_test, tile, run.options.influence.top_k, read, multiply, score, grads.bytes_a_sample and
         1 / (grads.write_rate * grads.bytes_a_sample), ranking_rate(run.options.influence.top_k, n_train),
         held(run.budget, tile, size, grads.block_rows * forms.row_size * itemsize, n_train),
+        run.options.influence.matrix,
     )  # fmt: skip
     grads = replace(grads, passes=influence.passes)
     stest, found = _stest(run, forms, (n_train, n_test), read, tests)

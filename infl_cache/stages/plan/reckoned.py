@@ -91,7 +91,7 @@ def _plan(
     influence = InfluencePlan(
         n_train, n_test, tile, options.influence.top_k, read, found.rebuild / machine.operations,
         found.score / machine.operations, 1 / disk, ranking_rate(options.influence.top_k, n_train),
-        held(budget, tile, size, block_rows * row_bytes, n_train),
+        held(budget, tile, size, block_rows * row_bytes, n_train), options.influence.matrix,
     )  # fmt: skip
     grads = GradsPlan(
         tuple(planned_layers(forms)), n_train, size, batch, block_rows, 1 / compute, math.inf, 1 / written, 1 / read,

@@ -103,7 +103,8 @@ def _solving(plan: StestPlan) -> list[str]:
 def _scoring(plan: Plan) -> list[str]:
     stage: InfluencePlan = plan.influence
     return [
-        f"matrix     {human_bytes(stage.matrix_bytes)}, rankings {human_bytes(stage.ranking_bytes)}; tiles of"
+        f"matrix     {human_bytes(stage.matrix_bytes)}, rankings {human_bytes(stage.ranking_bytes)} (alone with"
+        f" --no-matrix); tiles of"
         f" {stage.tile_rows:,} test samples, the gradients read {stage.passes:,} times"
     ]
 
