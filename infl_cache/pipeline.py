@@ -21,8 +21,8 @@ from infl_cache.reading import Influences
 from infl_cache.stages import rank
 from infl_cache.stages.grads import grads
 from infl_cache.stages.influence import influence
-from infl_cache.stages.opening import Opened, StageResult, looked_at, opened
-from infl_cache.stages.plan import GradsPlan, plan_grads
+from infl_cache.stages.opening import Opened, StageResult, opened
+from infl_cache.stages.plan import Plan, asked_of, plan
 from infl_cache.stages.selection import count_of_tests, held_tests
 from infl_cache.stages.self_influence import begun_with, self_influence
 from infl_cache.stages.status import Status, status
@@ -106,12 +106,17 @@ class Run(Influences):
         """The three stages in order; with `force`, all of them from the beginning."""
         return [self._stage(name, "all" if force and name == "grads" else False) for name in STAGES]
 
-    def plan(self) -> GradsPlan:
-        """What stage 1 would do and cost, from a few timed batches and a trial block; nothing is kept on disk."""
+    def plan(self, **asked: Any) -> Plan:
+        """What each stage would write, hold and take, from a few timed samples and a trial block; nothing is kept.
+
+        `n_train=10**9`, `n_test`, `disk="7GB/s"`, `free="2TB"` plan for what is not here, `device="h100"` for a machine
+        of a table. `str` of the plan is its text; its `require_room()` raises `DiskFull` where the disk is too small.
+        """
         if self.task is None:
             raise BadInput("task: expected a Task to plan for, found none; Run(path, task)")
-        with looked_at(self.folder, self.task, self.options) as run:
-            return plan_grads(run)
+        own, machine, others = asked_of(asked)
+        options = Options.resolve({**self.options.flat(), **others}) if others else self.options
+        return plan(self.folder, self.task, options, own, machine)
 
     def grad_z(self, rows: int | slice | Sequence[int]) -> NDArray[np.floating[Any]]:
         """Gradients of the given training samples as plain rows (rows, n_params), rebuilt from factors."""

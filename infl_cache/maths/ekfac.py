@@ -103,7 +103,7 @@ class EKFAC:
 def fit(rows: Rows, n: int) -> EKFAC:
     """Two passes over the Jacobian rows of `n` samples: the bases, then the values in them."""
     forms = rows.forms
-    sides = _sides(forms)
+    sides = sides_with_bases(forms)
     moments: dict[str, list[Tensor]] = {}
     for jacobian in rows.passes():
         for name, left, right in _moments(forms, pseudo(jacobian), sides):
@@ -140,7 +140,7 @@ def _dtype(rows: Rows) -> torch.dtype:
     return next(iter(rows.passes())).dense.dtype
 
 
-def _sides(forms: Forms) -> dict[str, tuple[int, int]]:
+def sides_with_bases(forms: Forms) -> dict[str, tuple[int, int]]:
     """The weights that get Kronecker bases, as (out, in): one layer's own, of two axes or more, not too wide."""
     users = Counter(name for layer in forms.layers for name in layer.names)
     found = {}

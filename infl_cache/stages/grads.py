@@ -10,10 +10,14 @@ import torch
 from infl_cache.disk.codecs import Codec
 from infl_cache.disk.layout import choose_block_rows
 from infl_cache.disk.run import Force
-from infl_cache.maths.capture import Forms, check_forms, decide_forms
+from infl_cache.disk.trial import free_bytes, try_store
+from infl_cache.errors import DiskFull
+from infl_cache.maths.capture import Forms, capture, check_forms, decide_forms
 from infl_cache.maths.probe import activation_bytes, check_gradients_arrive, check_independence, probe_batch
 from infl_cache.maths.samples import Batch, spread
+from infl_cache.progress import human_bytes
 from infl_cache.stages.blocks import compute_blocks
+from infl_cache.stages.buffers import BlockBuffer
 from infl_cache.stages.opening import (
     Opened,
     StageResult,
@@ -24,9 +28,11 @@ from infl_cache.stages.opening import (
 )
 from infl_cache.stages.rounding import measured_rounding, test_gradients
 from infl_cache.stages.same import check_against_store
-from infl_cache.stages.stored import layouts
+from infl_cache.stages.stored import arrays_of, layouts
 from infl_cache.stages.timing import Timings
 
+# Free bytes wanted of the disk, for each byte of the store.
+SPARE = 1.05
 CHECKED_SAMPLES = 16
 FEWEST_CHECKED = 8
 # Numbers of plain gradients that the check of the first samples compares: a few seconds' work.
@@ -71,12 +77,41 @@ def first_samples(run: Opened, count: int = CHECKED_SAMPLES) -> Batch:
 def _begin(run: Opened, identity: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Try the task, choose the forms, and lay out the store."""
     forms, plan, notes = planned(run, identity)
+    if identity["cache"]:
+        _require_room(run, forms, identity)
     run.folder.begin_store(
         "grads", run.task_identity, identity, plan,
         layouts(forms, plan["n_rows"], identity["dtype"], plan["block_rows"], identity["cache"]),
         Codec(identity["codec"], identity["level"]),
     )  # fmt: skip
     return run.folder.plan("grads"), notes
+
+
+def _require_room(run: Opened, forms: Forms, identity: dict[str, Any]) -> None:
+    """`DiskFull` before anything is written if the store will not fit, with a twentieth to spare.
+
+    Only where it does not fit uncompressed is it tried on the first samples how far they can be compressed.
+    """
+    dtype, n_train = identity["dtype"], len(run.task.train)
+    free = free_bytes(run.folder.path)
+    needed = SPARE * n_train * forms.row_size * bytes_a_number(dtype)
+    if needed <= free:
+        return
+    first = first_samples(run, forms.at_once(CHECKED_SAMPLES))
+    captured, rows = capture(run.task, forms, first), len(first.indices)
+    arrays = layouts(forms, rows, dtype, rows)
+    buffer = BlockBuffer(arrays, rows, run.device)
+    stored = {"loss": captured.loss, "target": captured.target, **arrays_of(forms, captured, dtype)}
+    buffer.fill(slice(0, rows), stored, first.digests)
+    buffer.wait()
+    codec = Codec(identity["codec"], identity["level"])
+    needed = SPARE * try_store(run.folder.path, arrays, codec, buffer.arrays(rows)).n_bytes / rows * n_train
+    if needed > free:
+        raise DiskFull(
+            f"grads: expected {human_bytes(needed)} free for the gradients of {n_train:,} samples, found"
+            f" {human_bytes(free)}; use another disk, --dtype bfloat16, --codec zstd or --no-cache (infl-cache plan"
+            " says what each costs)"
+        )
 
 
 def planned(run: Opened, identity: dict[str, Any]) -> tuple[Forms, dict[str, Any], list[str]]:

@@ -45,10 +45,17 @@ class Products:
 
 def sides_at_once(run: Opened, asked: int | None) -> int:
     """Right-hand sides that are solved together: as many as are asked for, or as a third of the budget holds."""
-    itemsize = solve_dtype(run).itemsize
-    vectors = VECTORS_A_SIDE + (2 * HISTORY if run.options.stest.solver == "pcg" else 0)
-    fitting = run.budget // 3 // (run.parameters.size * itemsize * vectors)
-    return asked or max(1, min(fitting, MAX_RIGHT_HAND_SIDES))
+    return asked or fitting_sides(run.options.stest.solver, run.budget, run.parameters.size * solve_dtype(run).itemsize)
+
+
+def fitting_sides(solver: str, budget: int, vector_bytes: int) -> int:
+    """Right-hand sides whose vectors a third of the budget holds.
+
+    >>> fitting_sides("cg", 10**9, 10**6)
+    27
+    """
+    vectors = VECTORS_A_SIDE + (2 * HISTORY if solver == "pcg" else 0)
+    return max(1, min(budget // 3 // (vector_bytes * vectors), MAX_RIGHT_HAND_SIDES))
 
 
 def prepared(run: Opened, forms: Forms, sides: int, products: Products, stage: str) -> Solve:

@@ -69,6 +69,14 @@ def decide_forms(
     return forms, notes + more
 
 
+def supposed_forms(
+    task: Task, parameters: Parameters, batch: Batch, form: str, layer_forms: str | None = None
+) -> Forms:
+    """The forms that `decide_forms` would choose, taken on trust: no number is computed, the model may be on `meta`."""
+    found = survey(task, parameters, batch, parameters.names)
+    return _arranged(parameters, found, form, asked_forms(layer_forms, found.layers, _unfactorable(found)))
+
+
 def _survey(
     task: Task, parameters: Parameters, batch: Batch, group: Sequence[int], not_copied: Iterable[str] = ()
 ) -> tuple[Found, list[str]]:

@@ -204,7 +204,10 @@ def _sharing(layers: list[Layer], calls: dict[str, list[Call]]) -> list[Layer]:
     first: dict[Any, Layer] = {}
     shared = []
     for layer in layers:
-        seen = tuple((c.input.data_ptr(), c.input.stride(), c.input._version) for c in calls[layer.module])
+        # A tensor on `meta` has no address, but a storage of its own.
+        tensors = [call.input for call in calls[layer.module]]
+        places = [(x.data_ptr() or x.untyped_storage()._cdata, x.storage_offset()) for x in tensors]
+        seen = tuple((place, x.stride(), x._version) for place, x in zip(places, tensors, strict=True))
         other = first.setdefault((seen, layer.input_shape, layer.indices), layer)
         shared.append(layer if other is layer else replace(layer, input_key=other.key))
     return shared

@@ -35,7 +35,7 @@ class Recurrent(nn.Module):
 def test_a_plan_writes_nothing_and_agrees_with_the_run(tmp_path):
     task = images()
     run = Run(tmp_path / "run", task, **QUIET)
-    plan = run.plan()
+    plan = run.plan().grads
     assert list(tmp_path.iterdir()) == []
     assert [(layer.name, layer.form, layer.scored) for layer in plan.layers] == [
         ("3", "factored", "contracted"), ("5", "factored", "contracted"), ("0", "dense", "stored")
@@ -46,23 +46,26 @@ def test_a_plan_writes_nothing_and_agrees_with_the_run(tmp_path):
     assert plan.n_bytes == pytest.approx(result.n_bytes, rel=0.01)
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
-def test_every_task_can_be_planned_and_printed(name, tmp_path):
-    text = str(Run(tmp_path / "run", TASKS[name](), **QUIET).plan())
+@pytest.mark.parametrize("name", ["attention", "branching", "dicts", "tied"])
+def test_tasks_of_all_kinds_can_be_planned_and_printed(name, tmp_path):
+    plan = Run(tmp_path / "run", TASKS[name](), **QUIET).plan()
+    text = str(plan)
     assert "times smaller than float32 rows" in text
+    assert 0 < plan.seconds < 3600
+    assert plan.memory > plan.base
     assert "samples/s computed" in text
 
 
 def test_layer_forms_overrule_the_choice_in_the_plan_and_in_the_run(tmp_path):
     run = Run(tmp_path / "run", images(), layer_forms="0=factored,5=dense", **QUIET)
-    forms = {layer.name: layer.form for layer in run.plan().layers}
+    forms = {layer.name: layer.form for layer in run.plan().grads.layers}
     assert forms == {"0": "factored", "3": "factored", "5": "dense"}
     run.grads()
     assert {each["module"] for each in run.folder.plan("grads")["forms"]["factored"]} == {"0", "3"}
 
 
 def test_layer_forms_overrule_form_dense_too(tmp_path):
-    plan = Run(tmp_path / "run", images(), form="dense", layer_forms="3=factored", **QUIET).plan()
+    plan = Run(tmp_path / "run", images(), form="dense", layer_forms="3=factored", **QUIET).plan().grads
     assert {layer.name: layer.form for layer in plan.layers} == {"0": "dense", "3": "factored", "5": "dense"}
 
 
@@ -76,18 +79,14 @@ def test_bad_layer_forms_are_refused(tmp_path, text, message):
 
 
 def test_store_or_not_follows_from_the_rates(tmp_path):
-    plan = Run(tmp_path / "run", images(), **QUIET).plan()
+    whole = Run(tmp_path / "run", images(), **QUIET).plan()
+    plan = whole.grads
     slow = dataclasses.replace(plan, compute_rate=10.0, write_rate=1e3, read_rate=1e4, passes=3)
     assert slow.stored_seconds < slow.uncached_seconds
-    assert "store them" in str(slow)
+    assert "store them" in str(dataclasses.replace(whole, grads=slow))
     fast = dataclasses.replace(plan, compute_rate=1e5, write_rate=1e2, read_rate=1e2, passes=1)
     assert fast.uncached_seconds < fast.stored_seconds
-    assert "do not store them (--no-cache)" in str(fast)
-
-
-def test_a_disk_that_is_too_small_is_said(tmp_path):
-    plan = dataclasses.replace(Run(tmp_path / "run", images(), **QUIET).plan(), free=10)
-    assert "TOO SMALL" in str(plan)
+    assert "do not store them (--no-cache)" in str(dataclasses.replace(whole, grads=fast))
 
 
 def test_parts_without_a_rule_are_named_with_what_takes_their_place(tmp_path):
@@ -97,7 +96,7 @@ def test_parts_without_a_rule_are_named_with_what_takes_their_place(tmp_path):
             tmp_path / "run", tasks.classified(built(Recurrent, torch.float32), normal(14, 4, 5).float(), 10), **QUIET
         )
         .plan()
-        .layers
+        .grads.layers
     }
     assert any("loop of the module" in each for each in by.values())
 
