@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 CHUNK_BYTES = 16 * 2**20
 BLOCK_BYTES = 256 * 2**20
+# Plain rows are not cut into fewer columns than these.
+CHUNK_COLUMNS = 8192
 MAX_BLOCK_ROWS = 16384
 
 
@@ -164,18 +166,27 @@ def choose_block_rows(n_rows: int, row_bytes: int, budget: int) -> int:
 def array_layout(
     path: str, n_rows: int, row_shape: tuple[int, ...], dtype: str, block_rows: int, stands_for: str = "", fill: int = 0
 ) -> ArrayLayout:
-    """Chunks of at most `CHUNK_BYTES`: as many rows of the block as fit, else one row cut along its first axis.
+    """Chunks of at most `CHUNK_BYTES`.
+
+    Plain rows are cut into columns and stay together, so that some columns of all samples can be read alone; of other
+    rows a chunk holds as many of the block's as fit, else one, cut along its first axis.
 
     >>> array_layout("dense", 1000, (500_000,), "float32", 64).chunks
-    (8, 500000)
+    (64, 62500)
+    >>> array_layout("layer/input", 1000, (500, 1000), "float32", 64).chunks
+    (8, 500, 1000)
     >>> array_layout("loss", 1000, (), "float32", 64).chunks
     (64,)
     """
     itemsize = np.dtype(dtype).itemsize
-    row_bytes = itemsize * math.prod(row_shape)
+    plain = len(row_shape) == 1
+    least = itemsize * (min(*row_shape, CHUNK_COLUMNS) if plain else math.prod(row_shape))
     divisors = [d for d in range(1, block_rows + 1) if block_rows % d == 0]
-    rows = max((d for d in divisors if d * row_bytes <= CHUNK_BYTES), default=1)
+    rows = max((d for d in divisors if d * least <= CHUNK_BYTES), default=1)
     chunk_row = list(row_shape)
+    if plain:
+        widest = max(1, CHUNK_BYTES // (rows * itemsize))
+        chunk_row = [-(-row_shape[0] // max(1, -(-row_shape[0] // widest)))]
     for axis in range(len(chunk_row)):
         while math.prod(chunk_row) * itemsize * rows > CHUNK_BYTES and chunk_row[axis] > 1:
             chunk_row[axis] = -(-chunk_row[axis] // 2)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import google_crc32c
 import numpy as np
@@ -30,6 +30,17 @@ DECODERS = os.cpu_count() or 1
 # Where Blosc's header says how many bytes come out.
 _SIZE = slice(4, 8)
 Bytes = NDArray[np.uint8]
+# Of which arrays of plain rows only some columns are wanted, and which.
+Columns = Mapping[str, slice]
+EVERY: Columns = {}
+
+
+class Piece(NamedTuple):
+    """Some rows of a block and, of plain rows, some columns: `values` has these axes first."""
+
+    rows: slice
+    columns: slice
+    values: Array
 
 
 def plain_room(size: int) -> Bytes:
@@ -57,40 +68,56 @@ class BlockReader:
         """Let the threads go."""
         self._pool.shutdown()
 
-    def read(self, block: Block, paths: Iterable[str]) -> dict[str, list[Array]]:
-        """The block's rows of each array, as one piece or (mapped) as one for each chunk, in order.
+    def read(self, block: Block, paths: Iterable[str], columns: Columns = EVERY) -> dict[str, list[Piece]]:
+        """The block's rows of each array in pieces that are whole chunks, or one piece where these join without a copy.
 
+        Of arrays of plain rows that `columns` names only the chunks that hold some of these columns, cut to them.
         Raises `DamagedStore` that names the file unless it has the size and checksum that were committed.
         """
         slot = self._slots[self._next]
         self._next = (self._next + 1) % len(self._slots)
         files = self._files(block)
-        found: dict[str, list[Array]] = {}
+        found: dict[str, list[Piece]] = {}
         work: list[Callable[[], object]] = []
         for path in paths:
             layout = self._store.layouts[path]
-            parts = [(self._named(files, block, path, key), part) for key, part in chunk_parts(layout, block).items()]
-            if self._codec.name == "none" and layout.chunk_row_shape == layout.row_shape:
-                found[path] = self._mapped(layout, block, parts, work)
+            parts = [
+                (self._named(files, block, path, key), part)
+                for key, part in chunk_parts(layout, block).items()
+                if _overlaps(part, columns.get(path))
+            ]
+            if self._codec.name == "none" and (plain(layout) or layout.chunk_row_shape == layout.row_shape):
+                pieces = self._mapped(layout, block, parts, work)
+            elif plain(layout) and layout.chunk_row_shape != layout.row_shape:
+                pieces = self._in_columns(layout, block, parts, slot, work)
             else:
-                found[path] = [self._decoded(layout, block, parts, slot, work)]
+                pieces = [self._decoded(layout, block, parts, slot, work)]
+            found[path] = [_cut(each, columns[path]) for each in pieces] if path in columns else pieces
         for _ in self._pool.map(lambda each: each(), work):
             pass  # an error of a thread is raised here
         return found
 
-    def expect(self, block: Block) -> None:
-        """Ask the system to fetch the files of `block`, which will be read next; returns at once."""
+    def expect(self, block: Block, paths: Iterable[str], columns: Columns = EVERY) -> None:
+        """Ask the system to fetch what will be read next; returns at once."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
-        for record in self._files(block).values():
-            try:
-                descriptor = os.open(self._file(record), os.O_RDONLY)
-            except OSError:
-                continue  # who reads it will say so
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
+        files = self._files(block)
+        for path in paths:
+            layout = self._store.layouts[path]
+            for key, part in chunk_parts(layout, block).items():
+                record = files.get(f"{self._store.folder.name}/{path}/{key}")
+                if record is not None and _overlaps(part, columns.get(path)):
+                    self._fetch(record)
+
+    def _fetch(self, record: FileRecord) -> None:
+        try:
+            descriptor = os.open(self._file(record), os.O_RDONLY)
+        except OSError:
+            return  # who reads it will say so
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
     def _files(self, block: Block) -> dict[str, FileRecord]:
         return {record.path: record for record in self._records[block.index].files}
@@ -111,20 +138,34 @@ class BlockReader:
     def _decoded(
         self, layout: ArrayLayout, block: Block, parts: list[tuple[FileRecord, tuple[slice, ...]]],
         slot: dict[str, Bytes], work: list[Callable[[], object]],
-    ) -> Array:  # fmt: skip
+    ) -> Piece:  # fmt: skip
         """Room for the block's rows, to be filled by `work`; a chunk of whole rows is decoded where it belongs."""
         rows = -(-block.rows // layout.chunk_rows) * layout.chunk_rows
-        size = rows * math.prod(layout.row_shape) * np.dtype(layout.dtype).itemsize
-        if len(slot.get(layout.path, ())) < size:
-            slot[layout.path] = self._room(size)
-        whole = slot[layout.path][:size].view(layout.dtype).reshape(rows, *layout.row_shape)
+        whole = self._in_slot(slot, layout, (rows, *layout.row_shape))
         for record, part in parts:
             if layout.chunk_row_shape == layout.row_shape:
                 target = whole[part[0].start : part[0].start + layout.chunk_rows]
                 work.append(lambda record=record, target=target: self._decode(record, block, target))  # type: ignore[misc]
             else:
                 work.append(lambda record=record, part=part: self._put(record, block, layout, whole[part]))  # type: ignore[misc]
-        return whole[: block.rows]
+        return Piece(slice(0, block.rows), _all_columns(layout), whole[: block.rows])
+
+    def _in_columns(
+        self, layout: ArrayLayout, block: Block, parts: list[tuple[FileRecord, tuple[slice, ...]]],
+        slot: dict[str, Bytes], work: list[Callable[[], object]],
+    ) -> list[Piece]:  # fmt: skip
+        """Room for each chunk, to be filled by `work`: columns of plain rows need not join."""
+        room, pieces = self._in_slot(slot, layout, (len(parts), *layout.chunks)), []
+        for target, (record, part) in zip(room, parts, strict=True):
+            work.append(lambda record=record, target=target: self._decode(record, block, target))  # type: ignore[misc]
+            pieces.append(_piece(part, target))
+        return pieces
+
+    def _in_slot(self, slot: dict[str, Bytes], layout: ArrayLayout, shape: tuple[int, ...]) -> Array:
+        size = math.prod(shape) * np.dtype(layout.dtype).itemsize
+        if len(slot.get(layout.path, ())) < size:
+            slot[layout.path] = self._room(size)
+        return slot[layout.path][:size].view(layout.dtype).reshape(shape)
 
     def _put(self, record: FileRecord, block: Block, layout: ArrayLayout, target: Array) -> None:
         """Decode a chunk that holds a part of its rows, the padding at their end left out."""
@@ -144,17 +185,16 @@ class BlockReader:
     def _mapped(
         self, layout: ArrayLayout, block: Block, parts: list[tuple[FileRecord, tuple[slice, ...]]],
         work: list[Callable[[], object]],
-    ) -> list[Array]:  # fmt: skip
+    ) -> list[Piece]:  # fmt: skip
         """The chunks as they lie in the page cache; `work` compares their checksums."""
-        found: list[Array] = []
+        found: list[Piece] = []
         for record, part in parts:
             content = self._map(record, block)
             expected = math.prod(layout.chunks) * np.dtype(layout.dtype).itemsize
             if len(content) != expected + CRC_BYTES:
                 raise self._damaged(record, block, f"{expected + CRC_BYTES} bytes", f"{len(content)}")
             work.append(lambda record=record, content=content: self._checked(record, block, content))  # type: ignore[misc]
-            rows = part[0].stop - part[0].start
-            found.append(content[:expected].view(layout.dtype).reshape(layout.chunks)[:rows])
+            found.append(_piece(part, content[:expected].view(layout.dtype).reshape(layout.chunks)))
         return found
 
     def _map(self, record: FileRecord, block: Block) -> Bytes:
@@ -194,3 +234,29 @@ class BlockReader:
             f"{self._file(record)} (rows {block.start} to {block.stop - 1}): expected {expected}, found {found};"
             " restore the file, or --force starts the stage over"
         )
+
+
+def plain(layout: ArrayLayout) -> bool:
+    """Whether the array holds plain rows: one axis besides that of the samples."""
+    return len(layout.row_shape) == 1
+
+
+def _all_columns(layout: ArrayLayout) -> slice:
+    return slice(0, layout.row_shape[0] if layout.row_shape else 1)
+
+
+def _piece(part: tuple[slice, ...], chunk: Array) -> Piece:
+    """A chunk without the padding at its end."""
+    within = tuple(slice(0, each.stop - each.start) for each in part)
+    return Piece(part[0], part[1] if len(part) > 1 else slice(0, 1), chunk[within])
+
+
+def _overlaps(part: tuple[slice, ...], columns: slice | None) -> bool:
+    return columns is None or (part[1].start < columns.stop and columns.start < part[1].stop)
+
+
+def _cut(piece: Piece, columns: slice) -> Piece:
+    """The piece without the columns outside of `columns`."""
+    start, stop = max(piece.columns.start, columns.start), min(piece.columns.stop, columns.stop)
+    at = piece.columns.start
+    return Piece(piece.rows, slice(start, stop), piece.values[:, start - at : stop - at])

@@ -13,7 +13,7 @@ from infl_cache.errors import BadInput
 OUTPUTS = {
     "grads": ("grad_z.zarr",),
     "stest": ("s_test.zarr", "s_test.state", "s_test.fit", TILES),
-    "influence": ("influence.npy", "influence.partial.npy", "influence.state"),
+    "influence": ("influence.npy", "influence.partial.npy", "influence.state", "influence.tile"),
     "rankings": ("rankings.npz",),
     "self_influence": ("self_influence.zarr", "self_influence.state", "self_influence.fit"),
     "self_ranking": ("self_influence.npz",),

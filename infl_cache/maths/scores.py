@@ -15,7 +15,7 @@ from torch import Tensor
 from infl_cache.maths.capture.engine import Factors
 from infl_cache.maths.capture.forms import Forms, Layer
 from infl_cache.maths.capture.rules import RULES
-from infl_cache.maths.params import unflatten
+from infl_cache.maths.parts import Part, whole
 from infl_cache.maths.product import product
 
 
@@ -32,35 +32,54 @@ def influence(dots: Tensor, n_train: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Queries:
-    """M rows of s_test, cut up as the gradients are stored: `dense` (M, n_dense), `values[name]` (M, *shape)."""
+    """M rows of s_test, what belongs to `part` of them, cut up as the gradients are stored.
 
-    count: int
+    `dense` (M, plain columns of the part), `values[name]` (M, *shape).
+    """
+
+    part: Part
     dense: Tensor
     values: dict[str, Tensor]
 
 
-def queries(forms: Forms, s_test: Tensor) -> Queries:
-    """Cut s_test rows (M, n_params) into what each stored form is multiplied with."""
-    pieces = unflatten(forms.parameters, s_test)
-    dense = [pieces[name].reshape(len(s_test), -1) for name in forms.dense]
+def queries(forms: Forms, s_test: Tensor, part: Part | None = None) -> Queries:
+    """Cut rows of s_test (M, n_params), or their columns of `part` alone, into what each stored form is scored by."""
+    part = whole(forms) if part is None else part
+    pieces = torch.split(s_test, [at.stop - at.start for _, at in part.spans], dim=1)
+    names = [name for name, _ in part.spans]
+    plain = [piece for name, piece in zip(names, pieces, strict=True) if name not in part.names]
+    dense = torch.cat(plain, 1) if plain and part.names else s_test if plain else s_test.new_zeros(len(s_test), 0)
+    shape_of = forms.parameters.shape_of
     return Queries(
-        len(s_test),
-        torch.cat(dense, 1) if dense else s_test.new_zeros(len(s_test), 0),
-        {name: pieces[name].contiguous() for layer in forms.factored for name in layer.names},
-    )
+        part,
+        dense,
+        {name: piece.reshape(len(s_test), *shape_of(name)).contiguous()
+         for name, piece in zip(names, pieces, strict=True) if name in part.names},
+    )  # fmt: skip
 
 
 def scores(forms: Forms, asked: Queries, factors: Factors, dense: Tensor, budget: int) -> Tensor:
-    """The dot products `(M, B)` of M queries with B stored gradients, temporaries within about `budget` bytes."""
-    total = product(asked.dense, dense.to(asked.dense.dtype)).to(dense.dtype)
-    for layer in forms.factored:
-        inputs, output_grad = factors[layer.key]
-        weights = asked.values[layer.parameters["weight"]]
-        total += _weight_scores(layer, weights, inputs, output_grad, budget)
-        if "bias" in layer.parameters:
-            bias = RULES[layer.rule].bias_gradient(layer.settings, output_grad)
-            total += product(asked.values[layer.parameters["bias"]], bias.to(asked.dense.dtype))
+    """The dot products `(M, B)` of M whole queries with B stored gradients, temporaries within about `budget` bytes."""
+    total = plain_scores(asked, dense, 0)
+    add_factored_scores(asked, factors, budget, total)
     return total
+
+
+def plain_scores(asked: Queries, dense: Tensor, start: int) -> Tensor:
+    """What plain columns `dense` (B, some), the part's from `start` on, give to the scores: (M, B)."""
+    columns = asked.dense[:, start : start + dense.shape[1]]
+    return product(columns, dense.to(columns.dtype)).to(dense.dtype)
+
+
+def add_factored_scores(asked: Queries, factors: Factors, budget: int, total: Tensor) -> None:
+    """Add to `total` (M, B) what the factors of B samples give, temporaries within about `budget` bytes."""
+    for layer in asked.part.layers:
+        inputs, output_grad = factors[layer.key]
+        if (weight := layer.parameters["weight"]) in asked.values:
+            total += _weight_scores(layer, asked.values[weight], inputs, output_grad, budget)
+        if (bias := layer.parameters.get("bias")) in asked.values:
+            gradient = RULES[layer.rule].bias_gradient(layer.settings, output_grad)
+            total += product(asked.values[bias], gradient.to(asked.dense.dtype))
 
 
 def _weight_scores(layer: Layer, weights: Tensor, inputs: Tensor, output_grad: Tensor, budget: int) -> Tensor:

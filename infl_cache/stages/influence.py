@@ -6,35 +6,34 @@ work and of commit is a tile of the matrix: the rows of a test tile by a run of 
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from infl_cache.disk.durable import sync_folders
-from infl_cache.disk.layout import Block
-from infl_cache.disk.matrix import Floats, MatrixFile, create_matrix
+from infl_cache.disk.layout import ArrayLayout
+from infl_cache.disk.matrix import MatrixFile, create_matrix
 from infl_cache.disk.run import Force, RunFolder
-from infl_cache.disk.store import Store
 from infl_cache.errors import IncompleteStore
-from infl_cache.maths import scores
 from infl_cache.maths.capture import Forms
-from infl_cache.maths.narrow import NARROW
+from infl_cache.maths.parts import units
 from infl_cache.progress import progress
 from infl_cache.stages.blocks import some
-from infl_cache.stages.grads import grads, rows_at_once
+from infl_cache.stages.contraction import product_dtype, tile_values
+from infl_cache.stages.grads import grads
 from infl_cache.stages.opening import Opened, StageResult, log, summary
 from infl_cache.stages.rankings import ROOM, has_matrix, new_standings, write_rankings
-from infl_cache.stages.rounding import TEST_SAMPLES, measured_rounding, product_error
 from infl_cache.stages.same import check_against_store
+from infl_cache.stages.schedule import Order, Room, Unit, best_order, order_of_rows
 from infl_cache.stages.selection import asked_tests, held_tests
-from infl_cache.stages.source import piece_reader
+from infl_cache.stages.solutions import solution_layout
 from infl_cache.stages.standings import Standings
+from infl_cache.stages.stored import wanted_arrays
 from infl_cache.stages.tally import IntoMatrix, IntoRankings, Tally, column_mask, resumed, state_of
 from infl_cache.stages.tiles import (
     FINAL,
@@ -137,18 +136,41 @@ def _uncertain(folder: RunFolder, skipped: Sequence[int]) -> list[str]:
 
 
 def _plan(run: Opened) -> dict[str, Any]:
-    """Rows of a tile from the memory that a tile of s_test takes; training blocks of a tile from its columns."""
-    n_test, size = len(run.task.test), run.parameters.size
-    stored = {layout.path: layout for layout in run.folder.array_layouts("stest")}["s_test"]
-    fitting = max(1, run.budget // 4 // (size * np.dtype(stored.dtype).itemsize))
-    tile_rows = min(run.options.resources.tile_rows or fitting, n_test)
-    tile_blocks = max(1, TILE_COLUMNS // run.folder.plan("grads")["block_rows"])
-    tests = uncovered(run.folder, 0, tile_rows)
-    sizes = {"tile_rows": tile_rows, "tile_blocks": tile_blocks, "tests": tests}
+    """The order of least bytes and the tiles it makes; the room of a run without a matrix for its sums per class."""
+    grads, stored = run.folder.plan("grads"), {each.path: each for each in run.folder.array_layouts("grads")}
+    chunk_columns = stored["dense"].chunk_row_shape[0] if "dense" in stored else 1
+    order = _order(run, Forms.from_json(grads["forms"]), stored)
+    rows = min(run.options.resources.tile_rows or order.rows, len(run.task.test))
+    tile_blocks = -(-order.columns // grads["block_rows"])
+    tests = uncovered(run.folder, 0, rows)
+    sizes = {"tile_rows": rows, "tile_blocks": tile_blocks, "tests": tests}
+    if order.slab_bytes:
+        sizes |= {"slab_bytes": order.slab_bytes, "chunk_columns": chunk_columns}
     if not run.options.influence.matrix:
         # What fits is settled here: a run goes on with another --memory.
         sizes |= {"matrix": False, "room": run.budget // ROOM}
     return {"n_rows": _n_tiles(run.folder, tests, tile_blocks), "block_rows": 1, **sizes}
+
+
+def _order(run: Opened, forms: Forms, stored: Mapping[str, ArrayLayout]) -> Order:
+    """In which order the stores are read; gradients that are not kept are made whole, for rows of s_test that stay."""
+    itemsize = np.dtype(solution_layout(run).dtype).itemsize
+    room = Room(run.budget // 4, run.budget // 8, product_dtype(run).itemsize)
+    found = []
+    for part in units(forms):
+        paths = wanted_arrays(stored, part)[0]
+        n_bytes = sum(_row_bytes(stored[path]) for path in paths)
+        cut = not part.names and any(stored[path].chunk_row_shape != stored[path].row_shape for path in paths)
+        found.append(Unit(part.size * itemsize, n_bytes, cut))
+    n_test, n_train = len(held_tests(run.folder)), len(run.task.train)
+    block_rows = run.folder.plan("grads")["block_rows"]
+    columns = min(n_train, max(1, TILE_COLUMNS // block_rows) * block_rows)
+    choose = best_order if run.options.grads.cache and not run.options.resources.tile_rows else order_of_rows
+    return choose(n_test, n_train, found, room, columns)
+
+
+def _row_bytes(layout: ArrayLayout) -> int:
+    return math.prod(layout.row_shape) * np.dtype(layout.dtype).itemsize
 
 
 def _must_begin_anew(run: Opened, plan: Mapping[str, Any]) -> bool:
@@ -209,81 +231,10 @@ def _compute(
         assert standings is not None
         tally = IntoRankings(run, standings, {tile.index for tile in tiles} - {tile.index for tile in todo})
     with closing(tally), progress("influence", total, total - left, "pair", run.options.resources.progress) as bar:
-        for tile, values, seconds in _tile_values(run, forms, todo):
+        for tile, values, seconds in tile_values(run, forms, todo, bar.advance):
             values[:, column_mask(tile.columns, skipped)] = np.nan
             tally.put(tile, values, seconds)
-            bar.advance(values.size)
             run.check()
-
-
-def _tile_values(run: Opened, forms: Forms, todo: Sequence[Tile]) -> Iterator[tuple[Tile, Floats, float]]:
-    """The influences of each tile, with the seconds it took."""
-    dtype = _product_dtype(run)
-    read_test = _tested_rows(run, run.folder.store("stest"))
-    _measure_rounding(run, forms, read_test)
-    narrow = torch.bfloat16 if run.options.influence.product_dtype == "bfloat16" else None
-    n_train = len(run.task.train)
-    order = [block for tile in todo for block in tile.train]
-    following = iter([*order[1:], None])
-    loaded: tuple[Block, scores.Queries] | None = None
-    with piece_reader(run, forms, dtype) as read_train:
-        for tile in todo:
-            started = time.perf_counter()
-            if loaded is None or loaded[0] != tile.test:
-                loaded = None  # the last tile's memory goes before the next one's comes
-                loaded = (tile.test, scores.queries(forms, read_test(tile.test).to(narrow or dtype)))
-            found = []
-            for block in tile.train:
-                for factors, dense in read_train(block, next(following)):
-                    if narrow and "product_error" not in run.folder.plan("influence"):
-                        first = read_test(tile.test)[:TEST_SAMPLES].to(dtype)
-                        error = product_error(forms, first, factors, dense, run.budget // 8)
-                        run.folder.remember("influence", product_error=error)
-                    dots = scores.scores(forms, loaded[1], factors, dense, run.budget // 8)
-                    found.append(scores.influence(dots, n_train))
-            values = torch.cat(found, 1).to("cpu", torch.float32).numpy()
-            yield tile, values, time.perf_counter() - started
-
-
-def _measure_rounding(run: Opened, forms: Forms, read_test: Callable[[Block], Tensor]) -> None:
-    """Once a run, what 16-bit gradients do to the influences of the first test samples; kept for `status`."""
-    stored = run.folder.manifest.stages["grads"]["identity"]["dtype"]
-    if stored not in NARROW or not run.options.grads.cache or "rounding" in run.folder.plan("influence"):
-        return
-    at_once = rows_at_once(run)
-    first = read_test(Block(0, 0, min(tile_rows_of(run.folder)[0][1], TEST_SAMPLES, at_once)))
-    finite = first[torch.isfinite(first).all(1)]
-    if len(finite):
-        run.folder.remember("influence", rounding=measured_rounding(run, forms, stored, finite, at_once))
-
-
-def _tested_rows(run: Opened, store: Store) -> Callable[[Block], Tensor]:
-    """A function that reads the s_test rows of a tile, whatever blocks they were stored in."""
-    records, samples = run.folder.records("stest"), run.folder.samples("stest")
-    stored = run.folder.stage_blocks("stest")
-
-    def read(tile: Block) -> Tensor:
-        layout, filled = store.layouts["s_test"], 0
-        rows = np.empty((len(tested(samples, tile)), *layout.row_shape), layout.dtype)
-        for block in stored:
-            start, stop = max(block.start, tile.start), min(block.stop, tile.stop)
-            if start < stop:
-                run.folder.check_block(records[block.index])
-                part = store.read_block(Block(block.index, start, stop), ["s_test"])["s_test"]
-                rows[filled : filled + len(part)] = part
-                filled += len(part)
-        return torch.from_numpy(rows).to(run.device)
-
-    return read
-
-
-def _product_dtype(run: Opened) -> torch.dtype:
-    """The type of the products: float64 if gradients or s_test are kept in it, else float32."""
-    kept = [run.folder.manifest.stages["grads"]["identity"]["dtype"]]
-    kept += [layout.dtype for layout in run.folder.array_layouts("stest") if layout.path == "s_test"]
-    if run.options.influence.product_dtype == "bfloat16":
-        return torch.float32
-    return torch.float64 if "float64" in kept else torch.float32
 
 
 def _finish(folder: RunFolder) -> None:

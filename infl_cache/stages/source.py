@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,13 +16,16 @@ from infl_cache.disk.layout import Block
 from infl_cache.disk.reader import BlockReader, plain_room
 from infl_cache.errors import ForeignRun, IncompleteStore
 from infl_cache.maths.capture import Factors, Forms, capture
+from infl_cache.maths.parts import Part
 from infl_cache.maths.samples import batches, groups_of
 from infl_cache.stages.blocks import batch_size, some
 from infl_cache.stages.opening import Opened
-from infl_cache.stages.stored import gradient_pieces, stored_gradients
+from infl_cache.stages.stored import GradientPiece, gradient_pieces, stored_gradients, wanted_arrays
 
 Read = Callable[[Block], tuple[Factors, Tensor]]
-Pieces = Callable[[Block, Block | None], Iterator[tuple[Factors, Tensor]]]
+# What is read at once: a part of a block's gradients.
+Wanted = tuple[Block, Part]
+Pieces = Callable[[Wanted, Wanted | None], Iterator[GradientPiece]]
 
 
 def gradient_reader(run: Opened, forms: Forms, wide: torch.dtype) -> Read:
@@ -31,20 +35,19 @@ def gradient_reader(run: Opened, forms: Forms, wide: torch.dtype) -> Read:
 
 @contextmanager
 def piece_reader(run: Opened, forms: Forms, wide: torch.dtype) -> Iterator[Pieces]:
-    """A function from a block, and the one that comes after it, to its factors and plain columns in pieces of rows."""
+    """A function from a part of a block, and the one that comes after it, to factors and plain columns in pieces."""
     codec = planned_codec(run.folder.plan("grads"), False, run.folder.path, "grads")
     if not run.options.grads.cache or codec is None:  # versions before the codec was written down
-        read = gradient_reader(run, forms, wide)
-        yield lambda block, following: iter([read(block)])
+        yield _whole_blocks(gradient_reader(run, forms, wide))
         return
     store, cuda = run.folder.store("grads"), run.device.type == "cuda"
     room = _pinned if cuda else plain_room
     reader = BlockReader(store, codec, run.folder.records("grads"), room, slots=2 if cuda else 1)
 
-    def pieces(block: Block, following: Block | None) -> Iterator[tuple[Factors, Tensor]]:
+    def pieces(wanted: Wanted, following: Wanted | None) -> Iterator[GradientPiece]:
         if following is not None:
-            reader.expect(following)
-        return gradient_pieces(reader, store, forms, block, run.device, wide)
+            reader.expect(following[0], *wanted_arrays(store.layouts, following[1]))
+        return gradient_pieces(reader, store, wanted[1], wanted[0], run.device, wide)
 
     try:
         yield _behind_the_products(pieces, run.device) if cuda else pieces
@@ -52,22 +55,41 @@ def piece_reader(run: Opened, forms: Forms, wide: torch.dtype) -> Iterator[Piece
         reader.close()
 
 
+def _whole_blocks(read: Read) -> Pieces:
+    """Where only whole blocks are to be had: read once for all parts of one that follow one another."""
+    held: list[tuple[Block, Factors, Tensor]] = []
+
+    def pieces(wanted: Wanted, following: Wanted | None) -> Iterator[GradientPiece]:
+        block, part = wanted
+        if not held or held[0][0] != block:
+            held.clear()
+            held.append((block, *read(block)))
+        _, factors, dense = held[0]
+        if part.layers:
+            yield GradientPiece(slice(0, block.rows), factors)
+        if part.stop > part.start:
+            yield GradientPiece(slice(0, block.rows), plain=dense[:, part.start : part.stop])
+
+    return pieces
+
+
 def _behind_the_products(pieces: Pieces, device: torch.device) -> Pieces:
     """On a GPU: copied and cast in a stream of its own, so that a block is decoded while the last one is multiplied."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    copied: list[torch.cuda.Event] = []
+    copied: deque[torch.cuda.Event] = deque(maxlen=2)
 
-    def read(block: Block, following: Block | None) -> Iterator[tuple[Factors, Tensor]]:
+    def read(wanted: Wanted, following: Wanted | None) -> Iterator[GradientPiece]:
         if len(copied) > 1:  # the memory that is filled next has been copied out of
-            copied[-2].synchronize()
+            copied[0].synchronize()
         with torch.cuda.stream(stream):
-            found = list(pieces(block, following))
+            found = list(pieces(wanted, following))
         copied.append(stream.record_event())
         here = torch.cuda.current_stream(device)
         here.wait_stream(stream)
-        for factors, dense in found:
-            for tensor in (dense, *(each for pair in factors.values() for each in pair)):
-                tensor.record_stream(here)
+        for piece in found:
+            for tensor in (piece.plain, *(each for pair in (piece.factors or {}).values() for each in pair)):
+                if tensor is not None:
+                    tensor.record_stream(here)
         return iter(found)
 
     return read

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from infl_cache.disk.layout import ArrayLayout, Block, array_layout
-from infl_cache.disk.reader import BlockReader
+from infl_cache.disk.reader import BlockReader, Columns, Piece
 from infl_cache.disk.store import Array, Store
-from infl_cache.maths.capture import Captured, Factors, Forms
+from infl_cache.maths.capture import Captured, Factors, Forms, Layer
 from infl_cache.maths.narrow import NARROW, narrowed, widened
+from infl_cache.maths.parts import Part
 
 # numpy has no bfloat16: its bits are stored, and the array's attributes say so.
 BITS = {"bfloat16": "uint16", "float16": "float16"}
@@ -59,10 +61,12 @@ def arrays_of(forms: Forms, captured: Captured, dtype: str) -> dict[str, Tensor]
 
 def as_factors(forms: Forms, arrays: dict[str, Tensor], size: int, like: Tensor) -> tuple[Factors, Tensor]:
     """The inverse of `arrays_of`, once the types are wide again."""
-    factors = {
-        layer.key: (arrays[f"{layer.input_from}/input"], arrays[f"{layer.key}/output_grad"]) for layer in forms.factored
-    }
-    return factors, arrays.get("dense", like.new_zeros(size, 0))
+    return factors_of(forms.factored, arrays), arrays.get("dense", like.new_zeros(size, 0))
+
+
+def factors_of(layers: Iterable[Layer], arrays: Mapping[str, Tensor]) -> Factors:
+    """Input and output gradient of each layer."""
+    return {layer.key: (arrays[f"{layer.input_from}/input"], arrays[f"{layer.key}/output_grad"]) for layer in layers}
 
 
 def rounded(forms: Forms, captured: Captured, dtype: str, wide: torch.dtype) -> tuple[Factors, Tensor]:
@@ -82,7 +86,8 @@ def stored_gradients(
     store: Store, forms: Forms, block: Block, device: torch.device, wide: torch.dtype
 ) -> tuple[Factors, Tensor]:
     """Factors and plain columns of a block of the grads store, as tensors of type `wide` on the device."""
-    return _as_wide(store, forms, store.read_block(block, gradient_paths(store)), block.rows, device, wide)
+    arrays = _wide_arrays(store, store.read_block(block, gradient_paths(store)), device, wide)
+    return as_factors(forms, arrays, block.rows, torch.empty(0, dtype=wide, device=device))
 
 
 def gradient_paths(store: Store) -> list[str]:
@@ -90,42 +95,70 @@ def gradient_paths(store: Store) -> list[str]:
     return [path for path in store.layouts if path not in dict(PER_SAMPLE)]
 
 
+@dataclass(frozen=True)
+class GradientPiece:
+    """Of some rows of a block either factors or plain columns, those of a part from its column `start` on."""
+
+    rows: slice
+    factors: Factors | None = None
+    plain: Tensor | None = None
+    start: int = 0
+
+
+def wanted_arrays(stored: Container[str], part: Part) -> tuple[list[str], Columns]:
+    """The arrays of the grads store that `part` is made from, and which columns of those with plain rows."""
+    paths = [path for layer in part.layers for path in (f"{layer.input_from}/input", f"{layer.key}/output_grad")]
+    paths += ["dense"] if part.stop > part.start else []
+    paths = [each for path in dict.fromkeys(paths) for each in (path, path + EXPONENT) if each in stored]
+    return paths, {"dense": slice(part.start, part.stop)} if part.stop > part.start else {}
+
+
 def gradient_pieces(
-    reader: BlockReader, store: Store, forms: Forms, block: Block, device: torch.device, wide: torch.dtype
-) -> Iterator[tuple[Factors, Tensor]]:
-    """As `stored_gradients`, some rows of the block after the others: as many as lie in one piece without a copy.
+    reader: BlockReader, store: Store, part: Part, block: Block, device: torch.device, wide: torch.dtype
+) -> Iterator[GradientPiece]:
+    """What `part` of a block's gradients is, in pieces as they lie in memory without a copy, in type `wide`.
 
     What was yielded may be overwritten when the next block is read.
     """
-    read = reader.read(block, gradient_paths(store))
-    lengths = [len(piece) for piece in max(read.values(), key=len)]
-    whole = {path: pieces[0] if len(pieces) == 1 else None for path, pieces in read.items()}
-    start = 0
-    for index, rows in enumerate(lengths):
-        data = {}
-        for path, pieces in read.items():
-            if (together := whole[path]) is not None:
-                data[path] = together[start : start + rows]
-            elif [len(piece) for piece in pieces] == lengths:
-                data[path] = pieces[index]
-            else:  # chunks of other lengths
-                whole[path] = np.concatenate(pieces)
-                data[path] = whole[path][start : start + rows]  # type: ignore[index]
-        yield _as_wide(store, forms, data, rows, device, wide)
-        start += rows
+    read = reader.read(block, *wanted_arrays(store.layouts, part))
+    plain, scales = read.pop("dense", []), read.pop("dense" + EXPONENT, None)
+    exponents = _joined(store.layouts["dense" + EXPONENT], scales, block) if scales else None
+    for piece in plain:
+        data = {"dense": piece.values}
+        if exponents is not None:
+            data["dense" + EXPONENT] = exponents[piece.rows]
+        values = _wide_arrays(store, data, device, wide)["dense"]
+        yield GradientPiece(piece.rows, plain=values, start=piece.columns.start - part.start)
+    for rows, data in _together(store, read, block):
+        arrays = _wide_arrays(store, data, device, wide)
+        yield GradientPiece(rows, factors_of(part.layers, arrays))
 
 
-def _as_wide(
-    store: Store, forms: Forms, data: Mapping[str, Array], rows: int, device: torch.device, wide: torch.dtype
-) -> tuple[Factors, Tensor]:
+def _together(store: Store, read: Mapping[str, list[Piece]], block: Block) -> Iterator[tuple[slice, dict[str, Array]]]:
+    """Arrays in pieces of the same rows: as they were read where all are cut alike, else joined."""
+    cuts = {path: [piece.rows for piece in pieces] for path, pieces in read.items()}
+    by_rows = [cut for cut in cuts.values() if len({rows.start for rows in cut}) == len(cut)]
+    alike = max(by_rows, key=len, default=[slice(0, block.rows)]) if cuts else []
+    whole = {path: _joined(store.layouts[path], read[path], block) for path, cut in cuts.items() if cut != alike}
+    for index, rows in enumerate(alike):
+        yield rows, {path: whole[path][rows] if path in whole else read[path][index].values for path in read}
+
+
+def _joined(layout: ArrayLayout, pieces: list[Piece], block: Block) -> Array:
+    if len(pieces) == 1:
+        return pieces[0].values
+    joined = np.empty((block.rows, *layout.row_shape), layout.dtype)
+    for piece in pieces:
+        joined[(piece.rows, piece.columns)[: joined.ndim]] = piece.values
+    return joined
+
+
+def _wide_arrays(store: Store, data: Mapping[str, Array], device: torch.device, wide: torch.dtype) -> dict[str, Tensor]:
     quick = device.type == "cuda"
     tensors = {
         path: _tensor(store.layouts[path], values).to(device, non_blocking=quick) for path, values in data.items()
     }
-    arrays = {
-        path: _wide(tensors, path, tensor, wide) for path, tensor in tensors.items() if not path.endswith(EXPONENT)
-    }
-    return as_factors(forms, arrays, rows, torch.empty(0, dtype=wide, device=device))
+    return {path: _wide(tensors, path, tensor, wide) for path, tensor in tensors.items() if not path.endswith(EXPONENT)}
 
 
 def _tensor(layout: ArrayLayout, values: Array) -> Tensor:

@@ -14,10 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from infl_cache.disk.durable import crc32c
 from infl_cache.disk.layout import Block
 from infl_cache.disk.ledger import FileRecord
-from infl_cache.disk.matrix import Floats, MatrixFile
+from infl_cache.disk.matrix import Floats, MatrixFile, checksum
 from infl_cache.disk.run import RunFolder
 from infl_cache.disk.state import Header, read_header, read_state, write_state
 from infl_cache.errors import DamagedStore
@@ -52,7 +51,7 @@ class IntoMatrix:
         tests = tested(self._samples, tile.test)
         self._matrix.write_rows(tests, tile.columns.start, values)
         self._matrix.sync()
-        record = FileRecord(FINAL, values.nbytes, crc32c(values.tobytes()))
+        record = FileRecord(FINAL, values.nbytes, checksum(values))
         self._folder.commit("influence", Block(tile.index, tile.index, tile.index + 1), [record], seconds)
         if self._standings is not None:
             self._standings.add(tests, tile.columns.start, values)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from infl_cache.disk.durable import crc32c
 from infl_cache.disk.layout import Block, blocks
 from infl_cache.disk.ledger import BlockRecord
-from infl_cache.disk.matrix import MatrixFile
+from infl_cache.disk.matrix import MatrixFile, checksum
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import DamagedStore, IncompleteStore
 from infl_cache.maths.measures import HIGHER_IS_BETTER
@@ -117,7 +116,7 @@ def checked_tiles(folder: RunFolder, tiles: Sequence[Tile]) -> dict[int, BlockRe
             if tile.index in records:
                 rows = tested(samples, tile.test)
                 values = matrix.read_rows(rows, tile.columns.start, tile.width)
-                if crc32c(values.tobytes()) != records[tile.index].files[0].crc:
+                if checksum(values) != records[tile.index].files[0].crc:
                     raise DamagedStore(
                         f"{folder.path / name}: test rows {_words(rows)}, train columns {tile.columns.start} to"
                         f" {tile.columns.stop - 1} are not what was committed; run infl-cache influence --force"

@@ -13,6 +13,7 @@ from infl_cache.disk import layout as layout_module
 from infl_cache.disk.layout import (
     BLOCK_BYTES,
     CHUNK_BYTES,
+    CHUNK_COLUMNS,
     MAX_BLOCK_ROWS,
     Block,
     array_layout,
@@ -88,7 +89,12 @@ def test_a_chunk_keeps_to_the_limit_and_is_not_cut_further_than_that(made):
     assert math.prod(layout.chunks) * itemsize <= limit
     assert size % layout.chunk_rows == 0
     row_bytes = math.prod(layout.row_shape) * itemsize
-    if layout.chunk_row_shape == layout.row_shape:
+    if len(layout.row_shape) == 1:  # as few columns' cuts as fit, all rows of the block together where that is possible
+        few = -(-layout.row_shape[0] // layout.chunk_row_shape[0])
+        assert few == 1 or layout.chunk_rows * -(-layout.row_shape[0] // (few - 1)) * itemsize > limit
+        larger = [rows for rows in range(layout.chunk_rows + 1, size + 1) if size % rows == 0]
+        assert all(rows * min(layout.row_shape[0], CHUNK_COLUMNS) * itemsize > limit for rows in larger)
+    elif layout.chunk_row_shape == layout.row_shape:
         larger = [rows for rows in range(layout.chunk_rows + 1, size + 1) if size % rows == 0]
         assert all(rows * row_bytes > limit for rows in larger)
     else:
@@ -100,9 +106,10 @@ def test_a_chunk_keeps_to_the_limit_and_is_not_cut_further_than_that(made):
 @pytest.mark.parametrize(
     ("row_shape", "dtype", "size", "chunks"),
     [
-        ((1_000_003,), "float32", 61, (1, 1_000_003)),
-        ((136_874,), "float32", 64, (16, 136_874)),
-        ((5_000_011,), "float32", 13, (1, 2_500_006)),
+        ((1_000_003,), "float32", 61, (61, 66_667)),
+        ((136_874,), "float32", 64, (64, 45_625)),
+        ((5_000_011,), "float32", 13, (13, 312_501)),
+        ((100_000,), "float32", 16_384, (512, 7693)),
         ((49, 65_537), "float64", 4, (1, 25, 65_537)),
         ((), "uint64", 4096, (4096,)),
     ],

@@ -17,6 +17,7 @@ ROWS, BLOCK = 23, 8
 def made(tmp_path, monkeypatch, codec, chunk_bytes=10**6):
     """A store of two arrays, 23 rows in blocks of 8, and a reader of it."""
     monkeypatch.setattr("infl_cache.disk.layout.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("infl_cache.disk.layout.CHUNK_COLUMNS", 10)
     layouts = [
         array_layout("a/input", ROWS, (3, 5), "float32", BLOCK),
         array_layout("dense", ROWS, (40,), "float64", BLOCK),
@@ -33,30 +34,58 @@ def made(tmp_path, monkeypatch, codec, chunk_bytes=10**6):
 
 @pytest.mark.parametrize("codec", [Codec("lz4", 5), Codec("zstd", 1), Codec("none", 1)])
 @pytest.mark.parametrize("chunk_bytes", [10**6, 640, 100])
-def test_a_block_is_what_zarr_reads(tmp_path, monkeypatch, codec, chunk_bytes):
+@pytest.mark.parametrize("columns", [slice(0, 40), slice(13, 14), slice(7, 33)])
+def test_a_block_is_what_zarr_reads(tmp_path, monkeypatch, codec, chunk_bytes, columns):
     store, reader, _ = made(tmp_path, monkeypatch, codec, chunk_bytes)
     for block in (*blocks(ROWS, BLOCK), blocks(ROWS, BLOCK)[0]):
-        found, expected = reader.read(block, store.layouts), store.read_block(block)
-        assert {path: np.concatenate(pieces).tobytes() for path, pieces in found.items()} == {
-            path: values.tobytes() for path, values in expected.items()
-        }
-        assert {path: pieces[0].dtype for path, pieces in found.items()} == {
-            path: values.dtype for path, values in expected.items()
-        }
+        expected = store.read_block(block)
+        for given in ({}, {"dense": columns}):
+            found = reader.read(block, store.layouts, given)
+            assert np.array_equal(assembled(found["a/input"], expected["a/input"]), expected["a/input"])
+            whole = assembled(found["dense"], expected["dense"])
+            at = given.get("dense", slice(None))
+            assert np.array_equal(whole[:, at], expected["dense"][:, at])
+            assert np.isnan(np.delete(whole, np.arange(40)[at], axis=1)).all()
 
 
-def test_only_plain_chunks_come_in_several_pieces(tmp_path, monkeypatch):
-    for codec, pieces in ((Codec("lz4", 5), 1), (Codec("none", 1), 4)):
-        store, reader, _ = made(tmp_path / codec.name, monkeypatch, codec, chunk_bytes=640)
-        assert len(reader.read(blocks(ROWS, BLOCK)[0], ["dense"])["dense"]) == pieces
-        del store
+def assembled(pieces, like):
+    """Pieces where they belong, each place of a block taken at most once, NaN where none is."""
+    whole = np.full(like.shape, np.nan, like.dtype)
+    for piece in pieces:
+        assert piece.values.dtype == like.dtype
+        assert np.isnan(whole[piece.rows, piece.columns]).all()
+        whole[piece.rows, piece.columns] = piece.values
+    return whole
+
+
+def test_what_does_not_lie_together_comes_in_pieces(tmp_path, monkeypatch):
+    """Whole rows are decoded into one place; mapped chunks, and columns, stay where they are."""
+    for codec, path, chunk_bytes, count in (
+        ("lz4", "a/input", 240, 1),
+        ("none", "a/input", 240, 2),
+        ("lz4", "dense", 640, 4),
+        ("none", "dense", 640, 4),
+    ):
+        _, reader, _ = made(tmp_path / codec / path, monkeypatch, Codec(codec, 1), chunk_bytes)
+        assert len(reader.read(blocks(ROWS, BLOCK)[0], [path])[path]) == count
+
+
+def test_columns_that_are_not_asked_for_are_not_read(tmp_path, monkeypatch):
+    store, reader, records = made(tmp_path, monkeypatch, Codec("lz4", 5), chunk_bytes=640)
+    block, width = blocks(ROWS, BLOCK)[0], store.layouts["dense"].chunk_row_shape[0]
+    expected = store.read_block(block)["dense"]
+    for record in records[0].files:
+        if "dense" in record.path and not record.path.endswith("c.0.1"):
+            (tmp_path / record.path).unlink()
+    (piece,) = reader.read(block, ["dense"], {"dense": slice(width, 2 * width)})["dense"]
+    assert np.array_equal(piece.values, expected[:, width : 2 * width])
 
 
 def test_memory_is_used_again_after_as_many_readings_as_there_are_slots(tmp_path, monkeypatch):
     store, _, records = made(tmp_path, monkeypatch, Codec("lz4", 5))
     reader = BlockReader(store, Codec("lz4", 5), records, slots=2)
     every = blocks(ROWS, BLOCK)
-    places = [reader.read(every[i], ["dense"])["dense"][0].ctypes.data for i in (0, 1, 0, 1)]
+    places = [reader.read(every[i], ["dense"])["dense"][0].values.ctypes.data for i in (0, 1, 0, 1)]
     assert places[0] == places[2] != places[1] == places[3]
 
 
@@ -105,4 +134,4 @@ def test_a_chunk_that_the_ledger_does_not_name_is_refused(tmp_path, monkeypatch)
 def test_expecting_a_block_needs_no_file(tmp_path, monkeypatch):
     _, reader, records = made(tmp_path, monkeypatch, Codec("lz4", 5))
     (tmp_path / records[1].files[0].path).unlink()
-    assert reader.expect(blocks(ROWS, BLOCK)[1]) is None
+    assert reader.expect(blocks(ROWS, BLOCK)[1], ["a/input", "dense"]) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -239,8 +241,8 @@ def test_a_damaged_tile_is_noticed(damage, tmp_path):
 
 @pytest.mark.usefixtures("on_disk")
 def test_a_disk_without_room_is_said_beforehand(tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 7_000})
-    monkeypatch.setattr("infl_cache.disk.tiles.shutil.disk_usage", lambda path: usage)
+    usage = SimpleNamespace(free=7_000)
+    monkeypatch.setattr("infl_cache.disk.tiles.shutil", SimpleNamespace(disk_usage=lambda path: usage))
     with pytest.raises(DiskFull, match=r"room for 7,680 bytes of the Gram matrix, found 7,000 free"):
         made(tmp_path / "r", tasks.mlp(n_train=40))
     assert not list((tmp_path / "r" / FOLDER).rglob("*.tile"))

@@ -5,6 +5,7 @@ import torch
 from infl_cache import BadInput, DamagedStore, ForeignRun, IncompleteStore, Run
 from infl_cache.disk.layout import blocks
 from infl_cache.disk.run import RunFolder
+from infl_cache.maths import scores
 from infl_cache.stages import influence as stage
 from infl_cache.stages.export import export
 from infl_cache.stages.tiles import all_tiles
@@ -91,7 +92,7 @@ def test_an_unfinished_matrix_never_has_the_final_name(tmp_path, monkeypatch):
     run = Run(tmp_path / "r", tasks.mlp(), block_rows=2, damping=0.1, **QUIET)
     run.grads(), run.stest()
     monkeypatch.setattr(stage, "TILE_COLUMNS", 2)
-    original, calls = stage.scores.influence, []
+    original, calls = scores.influence, []
 
     def failing(dots, n_train):
         calls.append(1)
@@ -99,7 +100,7 @@ def test_an_unfinished_matrix_never_has_the_final_name(tmp_path, monkeypatch):
             raise RuntimeError("the lights went out")
         return original(dots, n_train)
 
-    monkeypatch.setattr(stage.scores, "influence", failing)
+    monkeypatch.setattr(scores, "influence", failing)
     with pytest.raises(RuntimeError, match="lights"):
         run.influence()
     assert not (tmp_path / "r" / "influence.npy").exists()

@@ -51,20 +51,20 @@ def test_the_rankings_are_those_of_the_matrix(tmp_path, with_matrix):
 def test_a_stopped_run_goes_on_from_its_state(tmp_path, with_matrix, monkeypatch, after):
     run = Run(tmp_path / "r", tasks.mlp(), matrix=False, **OPTIONS)
     run.grads(), run.stest()
-    plain, seen = stage._tile_values, []
+    plain, seen = stage.tile_values, []
 
-    def failing(opened, forms, todo):
-        for item in plain(opened, forms, todo):
+    def failing(*given):
+        for item in plain(*given):
             if len(seen) == after:
                 raise RuntimeError("stopped")
             seen.append(item[0].index)
             yield item
 
-    monkeypatch.setattr(stage, "_tile_values", failing)
+    monkeypatch.setattr(stage, "tile_values", failing)
     with pytest.raises(RuntimeError, match="stopped"):
         run.influence()
     assert read_header(run.path / tally.STATE).facts["tiles"] == seen
-    monkeypatch.setattr(stage, "_tile_values", lambda *a: (seen.append(each[0].index) or each for each in plain(*a)))
+    monkeypatch.setattr(stage, "tile_values", lambda *a: (seen.append(each[0].index) or each for each in plain(*a)))
     again = Run(run.path, tasks.mlp(), progress=False)
     again.influence()
     assert len(seen) == len(set(seen)), "no tile is computed twice"
