@@ -13,6 +13,8 @@ import functools
 import torch
 from torch import Tensor
 
+# Numbers of a product that is made beside what it is added to.
+ROOM = 2**21
 # Columns whose sum is rounded to bfloat16 once, where no float32 result can be had.
 SLAB = 4096
 
@@ -29,6 +31,22 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return found
     return a @ b.T
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add `a (m, k) @ b (n, k)^T` to `total` (m, n), some rows after the others where the product is made beside it.
+
+    >>> total = torch.ones(1, 2)
+    >>> add_product(total, torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    >>> total
+    tensor([[12.,  3.]])
+    """
+    if a.dtype != torch.float32 or a.device.type != "cpu":
+        total.addmm_(a, b.T)
+        return
+    step, b = max(1, ROOM // max(1, len(b))), b.contiguous()
+    for start in range(0, len(a), step):
+        total[start : start + step] += product(a[start : start + step], b)
 
 
 def _narrow_product(a: Tensor, b: Tensor) -> Tensor:

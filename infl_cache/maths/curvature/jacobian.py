@@ -24,6 +24,8 @@ from infl_cache.maths.capture.forms import Forms, Layer
 from infl_cache.maths.capture.rules import RULES
 from infl_cache.maths.curvature.products import loss_hessian
 from infl_cache.maths.params import Parameters, flatten, unflatten
+from infl_cache.maths.product import add_product
+from infl_cache.maths.product import product as multiplied
 from infl_cache.maths.samples import Batch
 from infl_cache.maths.task import Task
 
@@ -141,7 +143,8 @@ def of_gradients(stored: Forms, forms: Forms, factors: Factors, dense: Tensor) -
 
 def times(forms: Forms, jacobian: Jacobian, vectors: Cut) -> Tensor:
     """`J_i v`: (B, K, C)."""
-    total = (jacobian.dense @ vectors.dense.T).transpose(1, 2)
+    size, rows, _ = jacobian.dense.shape
+    total = multiplied(jacobian.dense.flatten(0, 1), vectors.dense).view(size, rows, -1).transpose(1, 2)
     for layer in forms.factored:
         inputs, grads = jacobian.factors[layer.key]
         seen = RULES[layer.rule].seen(layer.settings, vectors.values[layer.parameters["weight"]], inputs)
@@ -154,7 +157,8 @@ def times(forms: Forms, jacobian: Jacobian, vectors: Cut) -> Tensor:
 def add_transposed(forms: Forms, jacobian: Jacobian, coefficients: Tensor, total: Cut) -> None:
     """Add `sum_i J_i^T u_i` to `total`, for u (B, K, C)."""
     size, count, rows = coefficients.shape
-    total.dense.addmm_(coefficients.transpose(0, 1).reshape(count, size * rows), jacobian.dense.flatten(0, 1))
+    across = coefficients.transpose(0, 1).reshape(count, size * rows)
+    add_product(total.dense, across, jacobian.dense.flatten(0, 1).T)
     for layer in forms.factored:
         inputs, grads = jacobian.factors[layer.key]
         back = (coefficients @ grads.flatten(2)).view(size, count, *grads.shape[2:])

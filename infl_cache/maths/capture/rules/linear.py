@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from infl_cache.maths.capture.rules.rule import Rule, Settings, plain
 from infl_cache.maths.capture.tape import Call
-from infl_cache.maths.product import product
+from infl_cache.maths.product import add_product, product
 
 # Rows and numbers of a tile of outputs: large enough for a fast product, small enough for the cache.
 SAMPLES, TILE = 512, 2**20
@@ -53,13 +53,13 @@ class Linear(Rule):
     def seen(self, settings: Settings, weights: Tensor, inputs: Tensor) -> Tensor:
         count, n_out, n_in = weights.shape
         size, positions, _ = inputs.shape
-        found = inputs.reshape(-1, n_in) @ weights.reshape(-1, n_in).T
+        found = product(inputs.reshape(-1, n_in), weights.reshape(-1, n_in))
         return found.view(size, positions, count, n_out).transpose(1, 2)
 
     def add_combined(self, settings: Settings, inputs: Tensor, output_grad: Tensor, total: Tensor) -> None:
         count, n_out, n_in = total.shape
         by_weight = output_grad.transpose(1, 2).reshape(-1, count * n_out)  # (B n, M out)
-        total.view(-1, n_in).addmm_(by_weight.T, inputs.reshape(-1, n_in))
+        add_product(total.view(-1, n_in), by_weight.T, inputs.reshape(-1, n_in).T)
 
     def held(self, inputs: tuple[int, ...], output_grad: tuple[int, ...], size: int) -> tuple[int, int]:
         return 2 * size, 1  # `products` keeps its tiles small by itself
