@@ -27,7 +27,7 @@ from infl_cache.maths.narrow import widened
 from infl_cache.maths.product import product
 
 # Bytes of plain rows that are made at once, that stay in memory, and that are taken from a memory map at once.
-GROUP, HELD, MAPPED = 16 * 10**6, 10**9, 64 * 10**6
+GROUP, HELD, MAPPED = 64 * 10**6, 10**9, 64 * 10**6
 # Shapes (m, k, n) of which the fastest product says what the machine can do.
 SHAPES = ((2048, 2048, 2048), (4096, 4096, 4096), (1000, 32_768, 1000))
 QUICK_SHAPES = ((256, 256, 256), (512, 512, 512))
@@ -78,7 +78,7 @@ def fitting(work: Callable[[int], float], most: int, seconds: float) -> int:
 
 def write_map(run: Run, count: int, file: Path) -> None:
     """The first `count` gradients of a run as float32 rows behind one another, in a file without a header."""
-    # A few at once: memory that was never touched before can be slow to get, and these take the same again and again.
+    # Not all at once, for fresh memory can be slow to get; nor a few, for every call reads whole chunks.
     size = max(1, GROUP // (4 * run.grad_z(0).size))
     with file.open("wb") as opened:
         for start in range(0, count, size):
