@@ -61,7 +61,7 @@ bench: $(STAMP) ## the benchmarks, beside plain PyTorch and other libraries: ARG
 	$(BIN)/python scripts/bench_grads.py --json bench.jsonl $(ARGS)
 	$(BIN)/python scripts/bench_store.py --json bench_store.jsonl
 	$(BIN)/python scripts/bench_stest.py --parts products,fisher --json bench_stest.jsonl
-	$(BIN)/python scripts/bench_influence.py --workloads W1 --parts scores --samples 4000 --tests 20 --rounds 2 --json bench_influence.jsonl
+	$(BIN)/python scripts/bench_influence.py --workloads W1 --samples 4000 --tests 20 --rounds 2 --rows-bytes 1000000000 --json bench_influence.jsonl
 	$(BIN)/python scripts/bench_job.py --only lissa,fisher,ekfac,plain --rounds 1 --json bench_job.jsonl
 
 clean: ## remove the environment and the demo's run, never another RUN

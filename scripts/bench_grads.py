@@ -8,27 +8,26 @@ The contestants of a workload take turns: a round is one turn of each, and a rat
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import json
 import shutil
 import statistics
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import bytes_below, chosen, device_name, number, peak_memory, say, spread, sync_below, table, versions
-from peer_caches import PEERS, Peer
+from head import at_least_one, command_line, publish
+from measuring import bytes_below, chosen, device_name, number, peak_memory, say, spread, sync_below, table
+from peer import Peer, why
+from peer_caches import PEERS
 from torch import Tensor
 from workloads import WORKLOADS, Data, Workload
 
 OWN = ("plain", "ours", "vmap", "loop")
-PACKAGES = ("torch", "numpy", "zarr", "numcodecs", "infl_cache")
+PACKAGES = ("torch", "numpy", "zarr", "numcodecs", "infl_cache", *dict.fromkeys(peer.distribution for peer in PEERS))
 QUICK_SAMPLES = {"W1": 1000, "W2": 128, "W3": 16, "W4": 4, "W5": 16}
 QUICK_FIT = 32
 BATCHES = {"cpu": (16, 32, 64, 128, 256, 512), "cuda": (64, 128, 256, 512, 1024, 2048, 4096)}
@@ -194,7 +193,7 @@ def peer_contestant(peer: Peer, setting: Setting) -> Contestant:
         path.mkdir()
         try:
             started = time.perf_counter()
-            peer.run(setting.workload, path, count, size)
+            peer(setting.workload, path, count, size)
             seconds = time.perf_counter() - started
             sync_below(path)
             return Turn(seconds, {"bytes": bytes_below(path), "synced": time.perf_counter() - started})
@@ -223,7 +222,7 @@ def contestants_of(setting: Setting, only: Sequence[str]) -> tuple[list[Contesta
         try:
             found.append(peer_contestant(peer, setting))
         except Exception as error:
-            skipped[peer.title] = f"{type(error).__name__}: {str(error).strip()[:100]}"
+            skipped[peer.title] = why(error)
     return found, skipped
 
 
@@ -287,7 +286,6 @@ def bench(name: str, settings: argparse.Namespace, folder: Path) -> dict[str, An
     dense = 4 * setting.workload.n_params
     yardstick = [contestants[0].samples / turn.seconds for turn in turns["plain"]]
     return {
-        "workload": name,
         "title": setting.workload.title,
         "n_params": setting.workload.n_params,
         "n_train": len(setting.workload.train),
@@ -296,13 +294,8 @@ def bench(name: str, settings: argparse.Namespace, folder: Path) -> dict[str, An
         "over_fastest_peer": over_fastest_peer(contestants, turns),
         "skipped": skipped,
         "options": setting.options,
-        "rounds": settings.rounds,
-        "quick": settings.quick,
         "device": str(device),
         "device_name": device_name(device),
-        "threads": torch.get_num_threads(),
-        "versions": versions([*PACKAGES, *dict.fromkeys(peer.distribution for peer in PEERS)]),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -414,15 +407,11 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
 
 def asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="some of W1,W2,W3,W4,W5; all by default")
     parser.add_argument("--samples", type=int, help="training samples of every workload")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; the figures say little")
     parser.add_argument("--only", default="plain,ours,vmap,loop,peers", help="contestants; plain always takes part")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", type=Path, help="append one JSON object for each workload to this file")
-    parser.add_argument("--folder", type=Path, default=Path(), help="where the scratch folder is made and deleted")
     parser.add_argument("--dtype", help="stored element type, passed on to Run")
     parser.add_argument("--codec", help="compression, passed on to Run")
     settings = parser.parse_args(arguments)
@@ -430,25 +419,21 @@ def asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     settings.workloads = chosen(parser, "workloads", settings.workloads, list(WORKLOADS))
     wanted = chosen(parser, "only", settings.only, [*OWN, "peers", *peers])
     settings.only = ["plain", *wanted, *(peers if "peers" in wanted else [])]
-    if settings.rounds < 1 or (settings.samples is not None and settings.samples < 1):
-        parser.error("--rounds and --samples: expected at least 1")
+    at_least_one(parser, settings, "rounds", "samples")
     return settings
+
+
+def once(name: str, settings: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """The one record of a workload."""
+    return [bench(name, settings, folder)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure each workload, print its table, append its figures to the file."""
     settings = asked(arguments)
-    settings.folder.mkdir(parents=True, exist_ok=True)
-    warnings.filterwarnings("ignore", message="There is a performance drop")
     records = []
     for name in settings.workloads:
-        with tempfile.TemporaryDirectory(prefix="bench-grads-", dir=settings.folder.resolve()) as folder:
-            record = bench(name, settings, Path(folder))
-        records.append(record)
-        print(report(record), end="\n\n", flush=True)
-        if settings.json:
-            with settings.json.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        records += publish(settings, {"workload": name}, partial(once, name, settings), report, PACKAGES)
     print(summary(records))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import between, chosen, circumstances, in_turns, number, peak_memory, published, say, spread, table
-from peer_influence import DAMPING, DEPTH, SAMPLE_BATCH, SCALE, Peer, jobs
+from head import at_least_one, command_line, publish
+from measuring import between, chosen, in_turns, number, peak_memory, say, spread, table
+from peer import Peer, why
+from peer_influence import DAMPING, DEPTH, SAMPLE_BATCH, SCALE, jobs
 from plain_job import plain_job
 from plain_scores import elapsed
 from torch.utils.data import TensorDataset
@@ -107,7 +108,7 @@ def turn(contestant: Contestant, folder: Path, failed: dict[str, str]) -> Turn |
         except Exception as error:
             if contestant.key in OURS:
                 raise
-            failed[contestant.key] = f"{type(error).__name__}: {str(error).strip()[:100]}"
+            failed[contestant.key] = why(error)
             return None
     return Turn(seconds, peak["peak_rss_mb"] - before)
 
@@ -120,8 +121,8 @@ def warm_up(workload: Workload, settings: argparse.Namespace, folder: Path) -> N
         turn(each, folder, {})
 
 
-def bench(workload: Workload, settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All jobs over one workload: seconds, and for each of ours how many times as long another took."""
+def bench(workload: Workload, settings: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """All jobs over one workload, in one record: seconds, and for each of ours how many times as long another took."""
     contestants, skipped = contestants_of(workload, settings.only, settings.depth)
     failed: dict[str, str] = {}
     if not settings.quick:
@@ -131,7 +132,7 @@ def bench(workload: Workload, settings: argparse.Namespace, folder: Path) -> dic
     left = [each for each in contestants if each.key not in failed]
     scales = {each.key: len(workload.train) / each.samples for each in left}
     seconds = {key: [each.seconds * scale for each in turns[key]] for key, scale in scales.items()}
-    return {
+    return [{
         "skipped": skipped,
         "contestants": [
             {
@@ -148,7 +149,7 @@ def bench(workload: Workload, settings: argparse.Namespace, folder: Path) -> dic
             }
             for each in left
         ],
-    }
+    }]  # fmt: skip
 
 
 def report(record: dict[str, Any]) -> str:
@@ -178,23 +179,17 @@ def prepared(name: str, settings: argparse.Namespace) -> Workload:
 
 def asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     keys = [*OURS, PLAIN, *PEERS]
     parser.add_argument("--workloads", default="W1", help="some of W1,W2; W1 by default")
     parser.add_argument("--samples", type=int, help="training samples")
     parser.add_argument("--tests", type=int, help="test samples")
     parser.add_argument("--depth", type=int, help=f"steps of a recursion; {DEPTH} if not given")
     parser.add_argument("--only", default=",".join(keys), help=f"some of {','.join(keys)}; all by default")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; the figures say little")
-    parser.add_argument("--json", type=Path, help="append one JSON object for each workload to this file")
-    parser.add_argument("--folder", type=Path, default=Path(), help="where the scratch folder is made and deleted")
     settings = parser.parse_args(arguments)
     settings.workloads = chosen(parser, "workloads", settings.workloads, list(SAMPLES))
     settings.only = chosen(parser, "only", settings.only, keys)
-    for name in ("rounds", "samples", "tests", "depth"):
-        if (value := getattr(settings, name)) is not None and value < 1:
-            parser.error(f"--{name}: expected at least 1, found {value}")
+    at_least_one(parser, settings, "rounds", "samples", "tests", "depth")
     settings.depth = settings.depth or (QUICK_DEPTH if settings.quick else DEPTH)
     return settings
 
@@ -202,18 +197,13 @@ def asked(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure each workload, print its table, append its figures to the file."""
     settings = asked(arguments)
-    settings.folder.mkdir(parents=True, exist_ok=True)
-    warnings.filterwarnings("ignore", message="There is a performance drop")
     for name in settings.workloads:
         say(f"{name}: making the model and its data")
         workload = prepared(name, settings)
-        with tempfile.TemporaryDirectory(prefix="bench-job-", dir=settings.folder.resolve()) as folder:
-            found = bench(workload, settings, Path(folder))
         about = {"workload": name, "part": "job", "title": workload.title, "n_params": workload.n_params,
-                 "n_train": len(workload.train), "n_test": len(workload.test)}  # fmt: skip
-        record = {**about, **found, "damping": DAMPING, "rounds": settings.rounds, "quick": settings.quick,
-                  "recursion": {"depth": settings.depth, **RECURSION}, **circumstances(PACKAGES)}  # fmt: skip
-        published(record, report(record), settings.json)
+                 "n_train": len(workload.train), "n_test": len(workload.test), "damping": DAMPING,
+                 "recursion": {"depth": settings.depth, **RECURSION}}  # fmt: skip
+        publish(settings, about, partial(bench, workload, settings), report, PACKAGES)
 
 
 if __name__ == "__main__":

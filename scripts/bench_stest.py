@@ -10,16 +10,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import tempfile
 import time
-import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import between, chosen, circumstances, in_turns, number, published, say, spread, table
-from peer_solvers import PEER_SOLVERS, PEER_WAYS, installed, right_hand_sides, silent, solved
+from head import at_least_one, command_line, publish
+from measuring import between, chosen, in_turns, number, say, spread, table
+from peer import installed, silent, why
+from peer_solvers import PEER_SOLVERS, PEER_WAYS, right_hand_sides, solved
 from products import TOGETHER, WAYS, Products, TooLarge, Way
 from solving import CHOICES, Choice, first_tests, whole_stage
 from torch import Tensor
@@ -231,14 +232,14 @@ def bench_peers(scale: Scale, settings: argparse.Namespace) -> dict[str, Any]:
     tests = min(PEER_TESTS, scale.tests)
     rhs = right_hand_sides(scale.workload, tests)
     for peer in PEER_SOLVERS:
-        if not installed(peer.module):
+        if not peer.installed:
             skipped[peer.title] = "not installed"
             continue
         say(f"{scale.workload.name}: {peer.key}")
         try:
             rows.append(solved(peer, scale.workload, scale.stage_samples, rhs, DAMPING, TOLERANCE))
         except Exception as error:
-            skipped[peer.title] = f"{type(error).__name__}: {str(error).strip()[:100]}"
+            skipped[peer.title] = why(error)
     return {"samples": scale.stage_samples, "tests": tests, "tolerance": TOLERANCE, "skipped": skipped,
             "contestants": rows}  # fmt: skip
 
@@ -280,49 +281,40 @@ def report(record: dict[str, Any]) -> str:
 
 def asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     keys = [*(way.key for way in WAYS), *(way.key for way, _ in PEER_WAYS), *(choice.key for choice in CHOICES)]
     parser.add_argument("--workloads", default=",".join(STAGE_SAMPLES), help="some of W1,W2,W3; all by default")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}; all by default")
     parser.add_argument("--only", default=",".join(keys), help="contestants; the loop of single products always is one")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; the figures say little")
-    parser.add_argument("--json", type=Path, help="append one JSON object for each part of a workload to this file")
-    parser.add_argument("--folder", type=Path, default=Path(), help="where the scratch folder is made and deleted")
     settings = parser.parse_args(arguments)
     settings.workloads = chosen(parser, "workloads", settings.workloads, list(STAGE_SAMPLES))
     settings.parts = chosen(parser, "parts", settings.parts, list(PARTS))
     settings.only = [YARDSTICK, *chosen(parser, "only", settings.only, keys)]
-    if settings.rounds < 1:
-        parser.error("--rounds: expected at least 1")
+    at_least_one(parser, settings, "rounds")
     return settings
 
 
-def measured(part: str, scale: Scale, settings: argparse.Namespace) -> dict[str, Any]:
-    """One part of one workload, in a scratch folder."""
-    with tempfile.TemporaryDirectory(prefix="bench-stest-", dir=settings.folder.resolve()) as folder:
-        if part == "solvers":
-            return bench_solvers(scale, settings, Path(folder) / "run")
-        if part == "fisher":
-            return bench_fisher(scale, settings, Path(folder) / "run")
-    return bench_products(scale, settings) if part == "products" else bench_peers(scale, settings)
+def measured(part: str, scale: Scale, settings: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """The one record of a part of a workload."""
+    if part == "solvers":
+        return [bench_solvers(scale, settings, folder / "run")]
+    if part == "fisher":
+        return [bench_fisher(scale, settings, folder / "run")]
+    return [bench_products(scale, settings) if part == "products" else bench_peers(scale, settings)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure each part of each workload, print its table, append its figures to the file."""
     settings = asked(arguments)
-    settings.folder.mkdir(parents=True, exist_ok=True)
-    warnings.filterwarnings("ignore", message="There is a performance drop")
     for name in settings.workloads:
         say(f"{name}: making the model and its data")
         scale = prepared(name, settings.quick)
+        about = {"workload": name, "title": scale.workload.title, "n_params": scale.workload.n_params,
+                 "damping": DAMPING}  # fmt: skip
         for part in settings.parts:
             if part == "fisher" and name != "W1":
                 continue
-            about = {"workload": name, "part": part, "title": scale.workload.title, "n_params": scale.workload.n_params}
-            record = {**about, **measured(part, scale, settings), "damping": DAMPING, "rounds": settings.rounds,
-                      "quick": settings.quick, **circumstances(PACKAGES)}  # fmt: skip
-            published(record, report(record), settings.json)
+            publish(settings, {**about, "part": part}, partial(measured, part, scale, settings), report, PACKAGES)
 
 
 if __name__ == "__main__":

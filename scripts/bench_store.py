@@ -22,6 +22,7 @@ from unittest import mock
 import numpy as np
 import torch
 import zarr
+from head import command_line
 from measuring import device_name, number, say, spread, sync_below, table, versions
 from numcodecs.blosc import Blosc
 from workloads import WORKLOADS, Workload
@@ -120,12 +121,8 @@ def bench(name: str, settings: argparse.Namespace, folder: Path) -> dict[str, An
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure each workload, append its figures to the file, print one table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__, rounds=5)
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="some of W1,W2,W3,W4,W5; all by default")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; the figures say little")
-    parser.add_argument("--json", type=Path, help="append one JSON object for each workload to this file")
-    parser.add_argument("--folder", type=Path, default=Path(), help="where the scratch folder is made and deleted")
     settings = parser.parse_args(arguments)
     names = settings.workloads.split(",")
     if settings.rounds < 1 or not set(names) <= set(WORKLOADS):

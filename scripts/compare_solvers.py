@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_grads import chosen
 from digits import digits
-from measuring import device_name, number, say, versions
+from head import command_line
+from measuring import chosen, device_name, number, say, versions
 from numpy.typing import NDArray
 from pictures import NoPictures, pictures
 from solving import CHOICES, Choice, first_tests
@@ -145,14 +145,11 @@ def made(name: str, settings: argparse.Namespace) -> Task:
 
 def asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__, rounds=None)
     parser.add_argument("--tasks", default="digits,MNIST", help=f"some of {','.join(TASKS)}; digits,MNIST by default")
     parser.add_argument("--data", type=Path, help="the folder of MNIST or CIFAR-10")
     parser.add_argument("--only", default=",".join(SOLVERS), help="solvers; the exact one always is compared with")
     parser.add_argument("--damping", type=float, default=0.01)
-    parser.add_argument("--quick", action="store_true", help="few samples and retrainings, to see that it works")
-    parser.add_argument("--json", type=Path, help="append one JSON object for each task to this file")
-    parser.add_argument("--folder", type=Path, default=Path(), help="where the scratch folder is made and deleted")
     settings = parser.parse_args(arguments)
     settings.tasks = chosen(parser, "tasks", settings.tasks, list(TASKS))
     settings.only = chosen(parser, "only", settings.only, list(SOLVERS))

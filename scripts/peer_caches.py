@@ -5,50 +5,19 @@ A cache is a function of a workload, an empty folder, and how many samples in ba
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
-import importlib.util
 import json
 import logging
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peer import Peer
 from torch import Tensor, nn
 from workloads import Workload
-
-Cache = Callable[[Workload, Path, int, int], None]
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # some of them would ask a server for code
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A library: the key it is chosen by, what the table calls it, its package, and its cache."""
-
-    key: str
-    title: str
-    module: str
-    distribution: str
-    cache: Cache
-
-    @property
-    def installed(self) -> bool:
-        """Whether its package can be found."""
-        return importlib.util.find_spec(self.module) is not None
-
-    def run(self, workload: Workload, folder: Path, count: int, size: int) -> None:
-        """Cache `count` gradients, without a word."""
-        with open(os.devnull, "w") as nowhere, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-                self.cache(workload, folder, count, size)
 
 
 def batches(workload: Workload, count: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,15 +11,14 @@ import importlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peer import Peer, silent
 from peer_caches import AsSequence, batches, bergson_index
-from peer_solvers import installed, silent
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from workloads import Workload
@@ -30,28 +29,6 @@ DEPTH, SAMPLE_BATCH, SCALE = 100, 64, 100.0
 FIT_BATCH, TRAIN_BATCH = 256, 16
 
 Score = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A library's way: its key, what the table calls it, its package, how many samples at most, and what it does."""
-
-    key: str
-    title: str
-    module: str
-    distribution: str
-    most: int
-    work: Callable[[Workload, Path, int], Any]
-
-    @property
-    def installed(self) -> bool:
-        """Whether its package can be found."""
-        return installed(self.module)
-
-    def __call__(self, workload: Workload, folder: Path, count: int) -> Any:
-        """Do it without a word, on a model of its own."""
-        with silent():
-            return self.work(workload, folder, count)
 
 
 def sets(workload: Workload, count: int) -> tuple[TensorDataset, TensorDataset]:
@@ -271,8 +248,8 @@ def bergson_job(workload: Workload, folder: Path, count: int) -> Any:
     return found.scores
 
 
-def captum_job(workload: Workload, folder: Path, count: int) -> Any:
-    """Arnoldi's influence function with its defaults, the Hessian of 200 samples."""
+def captum_job(workload: Workload, folder: Path, count: int, space: int) -> Any:
+    """Arnoldi's influence function, the Hessian of 200 samples; its defaults have a space of 200 dimensions."""
     module = importlib.import_module("captum.influence._core.arnoldi_influence_function")
     train, _ = sets(workload, count)
     model = copy.deepcopy(workload.model)
@@ -281,8 +258,8 @@ def captum_job(workload: Workload, folder: Path, count: int) -> Any:
     some = TensorDataset(*(tensor[:200] for tensor in train.tensors))
     made = module.ArnoldiInfluenceFunction(
         model, train, str(checkpoint), loss_fn=nn.CrossEntropyLoss(reduction="sum"), batch_size=TRAIN_BATCH,
-        hessian_dataset=DataLoader(some, batch_size=200), sample_wise_grads_per_batch=True, projection_dim=50,
-        arnoldi_dim=200, hessian_reg=1e-3,
+        hessian_dataset=DataLoader(some, batch_size=200), sample_wise_grads_per_batch=True,
+        projection_dim=min(50, space), arnoldi_dim=space, hessian_reg=1e-3,
     )  # fmt: skip
     return made.influence(workload.test.tensors)
 
@@ -307,27 +284,26 @@ def trak_job(workload: Workload, folder: Path, count: int, size: int, batch: int
     return tracer.finalize_scores("bench")
 
 
-EVERY = 10**9
 SCORERS = (
-    Peer("kronfluence", "kronfluence, gradients again", "kronfluence", "kronfluence", 2000, kronfluence_scorer),
-    Peer("pydvl", "pyDVL, gradients again", "pydvl", "pyDVL", 512, pydvl_scorer),
-    Peer("logix", "LogIX, from its log", "logix", "logix-ai", 256, logix_scorer),
-    Peer("bergson", "bergson, index in memory", "bergson", "bergson", 512, bergson_scorer),
+    Peer("kronfluence", "kronfluence, gradients again", "kronfluence", "kronfluence", kronfluence_scorer, 2000),
+    Peer("pydvl", "pyDVL, gradients again", "pydvl", "pyDVL", pydvl_scorer, 512),
+    Peer("logix", "LogIX, from its log", "logix", "logix-ai", logix_scorer, 256),
+    Peer("bergson", "bergson, index in memory", "bergson", "bergson", bergson_scorer, 512),
 )
 
 
 def jobs(depth: int) -> tuple[Peer, ...]:
-    """Whole jobs; a recursion takes so many steps."""
+    """Whole jobs; a recursion takes so many steps, Arnoldi's space has at most twice as many dimensions."""
     return (
-        Peer("pydvl-lissa", "pyDVL, LiSSA", "pydvl", "pyDVL", EVERY, partial(pydvl_job, depth=depth)),
-        Peer("pydvl-ekfac", "pyDVL, EK-FAC", "pydvl", "pyDVL", EVERY, partial(pydvl_job, depth=None)),
-        Peer("kronfluence-ekfac", "kronfluence, EK-FAC", "kronfluence", "kronfluence", EVERY, kronfluence_job),
-        Peer("captum-arnoldi", "captum, Arnoldi", "captum", "captum", EVERY, captum_job),
-        Peer("trak-512", "TRAK, 512 projections", "trak", "traker", EVERY, partial(trak_job, size=512, batch=500)),
-        Peer("trak-2048", "TRAK, 2,048 projections", "trak", "traker", EVERY, partial(trak_job, size=2048, batch=1000)),
-        Peer("logix-32", "LogIX, rank 32, raw", "logix", "logix-ai", EVERY,
+        Peer("pydvl-lissa", "pyDVL, LiSSA", "pydvl", "pyDVL", partial(pydvl_job, depth=depth)),
+        Peer("pydvl-ekfac", "pyDVL, EK-FAC", "pydvl", "pyDVL", partial(pydvl_job, depth=None)),
+        Peer("kronfluence-ekfac", "kronfluence, EK-FAC", "kronfluence", "kronfluence", kronfluence_job),
+        Peer("captum-arnoldi", "captum, Arnoldi", "captum", "captum", partial(captum_job, space=min(200, 2 * depth))),
+        Peer("trak-512", "TRAK, 512 projections", "trak", "traker", partial(trak_job, size=512, batch=500)),
+        Peer("trak-2048", "TRAK, 2,048 projections", "trak", "traker", partial(trak_job, size=2048, batch=1000)),
+        Peer("logix-32", "LogIX, rank 32, raw", "logix", "logix-ai",
              partial(logix_job, lora="random", hessian="raw", rank=32, size=64)),
-        Peer("logix-kfac", "LogIX, unprojected, K-FAC", "logix", "logix-ai", 512,
-             partial(logix_job, lora="none", hessian="kfac", rank=64, size=16)),
-        Peer("bergson-dot", "bergson, no curvature", "bergson", "bergson", EVERY, bergson_job),
+        Peer("logix-kfac", "LogIX, unprojected, K-FAC", "logix", "logix-ai",
+             partial(logix_job, lora="none", hessian="kfac", rank=64, size=16), 512),
+        Peer("bergson-dot", "bergson, no curvature", "bergson", "bergson", bergson_job),
     )  # fmt: skip

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
-import importlib.util
-import os
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peer import Peer
 from products import TOGETHER, Products, Way, fresh_hessian, kept_ggn, looped
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,34 +26,10 @@ Solve = Callable[[Workload, int, int, float, float], Tensor]
 
 
 @dataclass(frozen=True)
-class PeerSolver:
+class PeerSolver(Peer):
     """A library's solver, and in words the system that it solves: `OWN` is infl_cache's."""
 
-    key: str
-    title: str
-    module: str
-    distribution: str
-    system: str
-    solve: Solve
-
-    def run(self, *given: Any) -> Tensor:
-        """Solve without a word."""
-        with silent():
-            return self.solve(*given)
-
-
-def installed(module: str) -> bool:
-    """Whether a package can be found."""
-    return importlib.util.find_spec(module) is not None
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Nothing is printed, no warning shown."""
-    with open(os.devnull, "w") as nowhere, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            yield
+    system: str = OWN
 
 
 def right_hand_sides(workload: Workload, count: int) -> Tensor:
@@ -114,7 +87,7 @@ def solved(
 ) -> dict[str, Any]:
     """One solve, timed, and the largest true residual of what it gives, in the system that it solves."""
     started = time.perf_counter()
-    found = peer.run(workload, n, len(rhs), damping, tolerance)
+    found = peer(workload, n, len(rhs), damping, tolerance)
     seconds = time.perf_counter() - started
     residual = None
     if peer.system in MATRICES:
@@ -138,10 +111,10 @@ def at_its_size(solve: Callable[..., Tensor], **options: Any) -> Solve:
 
 PEER_WAYS = ((Way("curvlinops", "curvlinops, GGN", "ggn", TOGETHER, products_of_curvlinops), "curvlinops"),)
 PEER_SOLVERS = (
-    PeerSolver("curvlinops-cg", "curvlinops, CG", "curvlinops", "curvlinops-for-pytorch", OWN,
+    PeerSolver("curvlinops-cg", "curvlinops, CG", "curvlinops", "curvlinops-for-pytorch",
                at_its_size(cg_of_curvlinops)),
-    PeerSolver("pydvl-cg", "pyDVL, CgInfluence", "pydvl", "pyDVL", HESSIAN,
-               at_its_size(of_pydvl, name="cg")),
-    PeerSolver("pydvl-ekfac", "pyDVL, EkfacInfluence", "pydvl", "pyDVL", KRONECKER,
-               at_its_size(of_pydvl, name="ekfac")),
+    PeerSolver("pydvl-cg", "pyDVL, CgInfluence", "pydvl", "pyDVL",
+               at_its_size(of_pydvl, name="cg"), system=HESSIAN),
+    PeerSolver("pydvl-ekfac", "pyDVL, EkfacInfluence", "pydvl", "pyDVL",
+               at_its_size(of_pydvl, name="ekfac"), system=KRONECKER),
 )  # fmt: skip

@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,31 +24,16 @@ from torch import Tensor
 
 from infl_cache import Run
 from infl_cache.maths.narrow import widened
+from infl_cache.maths.product import product
 
-# Bytes of plain rows that are multiplied at once, in memory and from a memory map.
-PIECE, MAPPED = 2 * 10**9, 64 * 10**6
+# Bytes of plain rows that are made at once, that stay in memory, and that are taken from a memory map at once.
+GROUP, HELD, MAPPED = 64 * 10**6, 10**9, 64 * 10**6
 # Shapes (m, k, n) of which the fastest product says what the machine can do.
-SHAPES = ((2048, 2048, 2048), (4096, 4096, 4096), (1000, 32_768, 1000), (1000, 262_144, 500))
+SHAPES = ((2048, 2048, 2048), (4096, 4096, 4096), (1000, 32_768, 1000))
 QUICK_SHAPES = ((256, 256, 256), (512, 512, 512))
-CHECKSUM = 4
+CHECKSUM, HEADER = 4, 4096
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """The first `count` gradients of a run as plain float32 rows, and the s_test rows that they are multiplied with."""
-
-    run: Run
-    s_test: Tensor
-    count: int
-
-    def pieces(self, n_bytes: int = PIECE) -> Iterator[Tensor]:
-        """The rows, so many bytes at once; each piece is made when it is asked for."""
-        size = max(1, n_bytes // (4 * self.s_test.shape[1]))
-        for start in range(0, self.count, size):
-            rows = self.run.grad_z(slice(start, min(start + size, self.count)))
-            yield torch.from_numpy(np.asarray(rows, np.float32))
 
 
 def from_left(s_test: Tensor, rows: Tensor) -> Tensor:
@@ -61,14 +46,9 @@ def from_right(s_test: Tensor, rows: Tensor) -> Tensor:
     return torch.mm(rows, s_test.T).T
 
 
-def faster(rows: Rows) -> Multiply:
-    """The order in which `torch.mm` multiplies a first piece faster."""
-    piece = next(rows.pieces(PIECE // 4))
-    ways: dict[Multiply, float] = {}
-    for way in (from_left, from_right):
-        way(rows.s_test, piece)
-        ways[way] = elapsed(lambda way=way: way(rows.s_test, piece))
-    return min(ways, key=ways.__getitem__)
+# `torch.mm` with the operands either way round; and the product of stage 3 as well.
+OF_TORCH: tuple[Multiply, ...] = (from_left, from_right)
+ANY: tuple[Multiply, ...] = (*OF_TORCH, product)
 
 
 def elapsed(work: Callable[[], object]) -> float:
@@ -78,38 +58,70 @@ def elapsed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def in_memory(rows: Rows, multiply: Multiply) -> float:
-    """Seconds of `torch.mm` alone: each piece is in memory before the clock runs."""
-    return sum(elapsed(lambda piece=piece: multiply(rows.s_test, piece)) for piece in rows.pieces())
+def faster(ways: Sequence[Multiply], s_test: Tensor, rows: Tensor) -> Multiply:
+    """The way that multiplies a half of the rows fastest, the better of two calls after a first one."""
+    if len(ways) == 1:
+        return ways[0]
+    half, seconds = rows[: max(1, len(rows) // 2)], {}
+    for way in ways:
+        way(s_test, half)
+        seconds[way] = min(elapsed(lambda way=way: way(s_test, half)) for _ in range(2))
+    return min(seconds, key=seconds.__getitem__)
 
 
-def write_map(rows: Rows, file: Path) -> None:
-    """All rows behind one another in a file without a header."""
+def fitting(work: Callable[[int], float], most: int, seconds: float) -> int:
+    """How many samples, at most `most`, take so many seconds, by the second of two turns over a twentieth of them."""
+    few = max(1, most // 20)
+    work(few)
+    return max(few, min(most, int(few * seconds / work(few))))
+
+
+def write_map(run: Run, count: int, file: Path) -> None:
+    """The first `count` gradients of a run as float32 rows behind one another, in a file without a header."""
+    # Not all at once, for fresh memory can be slow to get; nor a few, for every call reads whole chunks.
+    size = max(1, GROUP // (4 * run.grad_z(0).size))
     with file.open("wb") as opened:
-        for piece in rows.pieces():
-            piece.numpy().tofile(opened)
+        for start in range(0, count, size):
+            np.asarray(run.grad_z(slice(start, min(start + size, count))), np.float32).tofile(opened)
 
 
-def from_map(file: Path, s_test: Tensor, count: int, multiply: Multiply) -> Tensor:
-    """`s_test @ rows^T` (M, count) with float32 rows in a memory map, a few at once."""
+def held(file: Path, n_params: int, n_bytes: int = HELD) -> Tensor:
+    """The first rows (B, n_params) of such a file in memory: all of them, or so many bytes."""
+    rows = np.fromfile(file, np.float32, count=max(1, n_bytes // (4 * n_params)) * n_params)
+    return torch.from_numpy(rows).view(-1, n_params)
+
+
+def in_memory(rows: Tensor, s_test: Tensor, multiply: Multiply, samples: int) -> float:
+    """Seconds of multiplying so many rows in memory; where there are fewer, they are multiplied again."""
+    parts = [rows[: samples - start] for start in range(0, samples, len(rows))]
+
+    def work() -> None:
+        for part in parts:
+            multiply(s_test, part)
+
+    return elapsed(work)
+
+
+def from_map(file: Path, s_test: Tensor, multiply: Multiply, samples: int) -> Tensor:
+    """`s_test @ rows^T` (M, samples) with the first float32 rows of a memory map, a few at once."""
     # Copy on write, which nobody does: torch takes no array that cannot be written.
-    table = np.memmap(file, np.float32, "c", shape=(count, s_test.shape[1]))
+    table = np.memmap(file, np.float32, "c", shape=(samples, s_test.shape[1]))
     size = max(1, MAPPED // (4 * s_test.shape[1]))
-    found = torch.empty(len(s_test), count)
-    for start in range(0, count, size):
-        part = slice(start, min(start + size, count))
+    found = torch.empty(len(s_test), samples)
+    for start in range(0, samples, size):
+        part = slice(start, min(start + size, samples))
         found[:, part] = multiply(s_test, torch.from_numpy(table[part]))
     return found
 
 
-def by_slices(folder: Path, s_test: Tensor, multiply: Multiply) -> Tensor:
-    """`s_test @ dense^T` (M, n_train) with slices of the array `dense`, a row of chunks each, as zarr gives them."""
+def by_slices(folder: Path, s_test: Tensor, multiply: Multiply, samples: int) -> Tensor:
+    """`s_test @ dense^T` (M, samples) with slices of the array `dense`, a row of chunks each, as zarr gives them."""
     group = zarr.open_group(folder, mode="r")
     dense: Any = group["dense"]
     exponents: Any = group["dense_exponent"] if dense.dtype != np.float32 else None
-    found = torch.empty(len(s_test), dense.shape[0])
-    for start in range(0, dense.shape[0], dense.chunks[0]):
-        part = slice(start, min(start + dense.chunks[0], dense.shape[0]))
+    found = torch.empty(len(s_test), samples)
+    for start in range(0, samples, dense.chunks[0]):
+        part = slice(start, min(start + dense.chunks[0], samples))
         rows = torch.from_numpy(np.asarray(dense[part]))
         if exponents is not None:
             bits = rows.view(torch.int16).view(torch.bfloat16)
@@ -126,11 +138,14 @@ def decoded(folder: Path) -> int:
         file, size, packed = work
         if not hasattr(own, "room") or len(own.room) < size:
             own.room = bytearray(size)
+            # A chunk that does not get smaller has a header more than its rows.
+            own.packed = bytearray(size + HEADER + CHECKSUM)
         whole = memoryview(own.room)[:size]
-        if not packed:
-            with file.open("rb", buffering=0) as opened:
+        with file.open("rb", buffering=0) as opened:
+            if not packed:
                 return opened.readinto(whole)
-        Blosc().decode(memoryview(file.read_bytes())[:-CHECKSUM], out=whole)
+            read = opened.readinto(own.packed)
+        Blosc().decode(memoryview(own.packed)[: read - CHECKSUM], out=whole)
         return size
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -149,12 +164,27 @@ def chunk_files(folder: Path) -> Iterator[tuple[Path, int, bool]]:
             yield file, size * np.dtype(about["data_type"]).itemsize, packed
 
 
-def machine_rate(quick: bool) -> float:
-    """GFLOP/s of the fastest of a few float32 products in memory, each the best of three."""
-    best = 0.0
+@dataclasses.dataclass(frozen=True)
+class Fastest:
+    """The product of float32 matrices in memory that this machine does fastest: a turn gives its GFLOP/s."""
+
+    multiply: Multiply
+    left: Tensor
+    right: Tensor
+
+    def __call__(self) -> float:
+        """The best of three."""
+        seconds = min(elapsed(lambda: self.multiply(self.left, self.right)) for _ in range(3))
+        return 2e-9 * self.left.numel() * len(self.right) / seconds
+
+
+def fastest_product(quick: bool) -> Fastest:
+    """The fastest of a few shapes, by `torch.mm` or by what multiplies faster."""
+    found: dict[float, Fastest] = {}
     for m, k, n in QUICK_SHAPES if quick else SHAPES:
         left, right = torch.randn(m, k), torch.randn(n, k)
-        torch.mm(left, right.T)
-        seconds = min(elapsed(lambda left=left, right=right: torch.mm(left, right.T)) for _ in range(3))
-        best = max(best, 2e-9 * m * k * n / seconds)
-    return best
+        for way in (from_left, product):
+            way(left, right)
+            made = Fastest(way, left, right)
+            found[made()] = made
+    return found[max(found)]

@@ -62,7 +62,7 @@ def test_a_job_that_fails_is_named_and_a_smaller_one_counts_in_proportion(script
     ]
     monkeypatch.setattr(script, "contestants_of", lambda *given: (made, {"absent": "not installed"}))
     monkeypatch.setattr(script, "elapsed", lambda work: work())
-    found = script.bench(workload, script.asked(["--rounds", "2", "--only", "lissa"]), tmp_path)
+    (found,) = script.bench(workload, script.asked(["--rounds", "2", "--only", "lissa"]), tmp_path)
     assert found["skipped"] == {"absent": "not installed", "does not work": "ValueError: no such model"}
     ours, small = found["contestants"]
     assert ours["seconds"]["median"] == 2.0
