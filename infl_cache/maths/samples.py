@@ -64,6 +64,22 @@ def batches(
         yield replace(batch, data=to_device(batch.data, device))
 
 
+def digests_at(dataset: Any, name: str, indices: Sequence[int]) -> NDArray[np.uint64]:
+    """`sample_digest` of each of these samples; those of a plain `TensorDataset` all at once."""
+    tensors = plain_tensors(dataset)
+    if tensors is None:
+        return np.array([sample_digest(fetch(dataset, index, name)) for index in indices], np.uint64)
+    return row_digests([tensor[list(indices)] for tensor in tensors])
+
+
+def plain_tensors(dataset: Any) -> Sequence[torch.Tensor] | None:
+    """The tensors of a plain `TensorDataset`, whose samples are rows of them; None for any other data set."""
+    if type(dataset) is not TensorDataset or any(tensor.layout != torch.strided for tensor in dataset.tensors):
+        return None
+    found: Sequence[torch.Tensor] = dataset.tensors
+    return found
+
+
 class _Groups(TorchDataset[Any]):
     """A dataset of whole batches, indexed by groups of sample indices."""
 
@@ -85,12 +101,12 @@ class _Groups(TorchDataset[Any]):
 
     def _tensors(self, group: Sequence[int]) -> list[torch.Tensor] | None:
         """Consecutive rows of a plain `TensorDataset`, which need not be taken out and put together one by one."""
-        if type(self.dataset) is not TensorDataset or self.collate is not default_collate:
+        tensors = plain_tensors(self.dataset)
+        if tensors is None or self.collate is not default_collate:
             return None
         if not isinstance(group, range) or group.step != 1 or not group or group.stop > len(self.dataset):
             return None
-        tensors = [tensor[group.start : group.stop] for tensor in self.dataset.tensors]
-        return None if any(tensor.layout != torch.strided for tensor in tensors) else tensors
+        return [tensor[group.start : group.stop] for tensor in tensors]
 
 
 def _collated(collate: Collate, samples: list[Any], name: str, group: Sequence[int]) -> Any:

@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 from infl_cache.disk.manifest import differences
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import ForeignRun
-from infl_cache.maths.digest import sample_digest
 from infl_cache.maths.params import Parameters
 from infl_cache.maths.probe import check_data, probe_batch
-from infl_cache.maths.samples import fetch, spread
+from infl_cache.maths.samples import digests_at, plain_tensors, spread
 from infl_cache.maths.task import Task, losses_of
 from infl_cache.stages.opening import Opened, task_identity, test_identity
 from infl_cache.stages.selection import count_of_tests
 
 CHECK_SECONDS = 2.0
 CHECKED_LOSSES = 8
+# Samples of a plain data set that are compared together.
+CHECKED_AT_ONCE = 256
 # How often a sample that is not the stored one is fetched twice; what is drawn anew may be the same once.
 FETCHED_AGAIN = 8
 REMEDY = "use another --run, or start this stage over with --force"
@@ -56,9 +57,14 @@ def check_digests(dataset: Any, name: str, rows: Sequence[int], stored: NDArray[
     Goes through the rows in random order until two seconds have passed; all of them where those suffice.
     """
     deadline = time.perf_counter() + CHECK_SECONDS
-    for position in np.random.default_rng(0).permutation(len(rows)):
-        index = int(rows[position])
-        if sample_digest(fetch(dataset, index, name)) != int(stored[position]):
+    order = np.random.default_rng(0).permutation(len(rows))
+    at_once = 1 if plain_tensors(dataset) is None else CHECKED_AT_ONCE
+    for start in range(0, len(rows), at_once):
+        places = order[start : start + at_once]
+        indices = [int(rows[place]) for place in places]
+        differing = np.flatnonzero(digests_at(dataset, name, indices) != stored[places])
+        if len(differing):
+            index = indices[int(differing[0])]
             check_data(dataset, name, [index] * FETCHED_AGAIN)
             raise ForeignRun(
                 f"{name}[{index}]: expected the sample that the stored rows were computed from, found another; {REMEDY}"

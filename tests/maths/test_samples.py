@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import default_collate
+from torch.utils.data import TensorDataset, default_collate
 
 from infl_cache import BadInput
 from infl_cache.maths.digest import sample_digest
-from infl_cache.maths.samples import batches, fetch, groups_of, size_in_bytes, to_device
+from infl_cache.maths.samples import batches, digests_at, fetch, groups_of, size_in_bytes, to_device
 from tests.driving import CPU
-from tests.tasks import Samples, dicts
+from tests.tasks import Samples, dicts, labels, normal
 
 
 class Failing(Samples):
@@ -95,3 +95,10 @@ def test_loading_leaves_torch_s_random_state_alone(workers):
     state = torch.get_rng_state()
     list(batches(Samples(pairs(6)), "train", default_collate, groups_of(0, 6, 2), CPU, workers))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_digests_of_some_samples_are_those_of_each(plain):
+    data = TensorDataset(normal(9, 40), labels(9))
+    found = digests_at(data if plain else Samples(list(data)), "train", [7, 0, 3])
+    assert found.tolist() == [sample_digest(data[index]) for index in (7, 0, 3)]
