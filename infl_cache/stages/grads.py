@@ -11,11 +11,9 @@ from infl_cache.disk.codecs import Codec
 from infl_cache.disk.layout import choose_block_rows
 from infl_cache.disk.run import Force
 from infl_cache.disk.trial import free_bytes, try_store
-from infl_cache.errors import DiskFull
 from infl_cache.maths.capture import Forms, capture, check_forms, decide_forms
 from infl_cache.maths.probe import activation_bytes, check_gradients_arrive, check_independence, probe_batch
 from infl_cache.maths.samples import Batch, spread
-from infl_cache.progress import human_bytes
 from infl_cache.stages.blocks import compute_blocks
 from infl_cache.stages.buffers import BlockBuffer
 from infl_cache.stages.opening import (
@@ -26,6 +24,7 @@ from infl_cache.stages.opening import (
     stored_dtype,
     summary,
 )
+from infl_cache.stages.room import require_room
 from infl_cache.stages.rounding import measured_rounding, test_gradients
 from infl_cache.stages.same import check_against_store
 from infl_cache.stages.stored import arrays_of, layouts
@@ -106,12 +105,10 @@ def _require_room(run: Opened, forms: Forms, identity: dict[str, Any]) -> None:
     buffer.wait()
     codec = Codec(identity["codec"], identity["level"])
     needed = SPARE * try_store(run.folder.path, arrays, codec, buffer.arrays(rows)).n_bytes / rows * n_train
-    if needed > free:
-        raise DiskFull(
-            f"grads: expected {human_bytes(needed)} free for the gradients of {n_train:,} samples, found"
-            f" {human_bytes(free)}; use another disk, --dtype bfloat16, --codec zstd or --no-cache (infl-cache plan"
-            " says what each costs)"
-        )
+    require_room(
+        run.folder, "grads", needed, f"the gradients of {n_train:,} samples",
+        "--dtype bfloat16, --codec zstd or --no-cache (infl-cache plan says what each costs)",
+    )  # fmt: skip
 
 
 def planned(run: Opened, identity: dict[str, Any]) -> tuple[Forms, dict[str, Any], list[str]]:

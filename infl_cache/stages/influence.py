@@ -28,6 +28,7 @@ from infl_cache.stages.contraction import product_dtype, tile_values
 from infl_cache.stages.grads import grads
 from infl_cache.stages.opening import Opened, StageResult, log, summary
 from infl_cache.stages.rankings import ROOM, has_matrix, new_standings, write_rankings
+from infl_cache.stages.room import require_room_for_influence
 from infl_cache.stages.same import check_against_store
 from infl_cache.stages.schedule import Order, Room, Unit, best_order, order_of_rows
 from infl_cache.stages.selection import asked_tests, held_tests
@@ -67,6 +68,7 @@ def influence(run: Opened, force: Force = False) -> StageResult:
         plan = folder.claim("influence", run.task_identity, identity, True)
     check_against_store(run, "grads")
     check_against_store(run, "stest")
+    require_room_for_influence(run, plan)
     if plan is None:
         folder.begin("influence", run.task_identity, identity, _plan(run))
     else:

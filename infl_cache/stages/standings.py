@@ -144,6 +144,16 @@ class Standings:
             self._trains[end].restore(state[f"train_{end}"])
 
 
+def standing_bytes(n_test: int, n_train: int, k: int, k_train: int, classes: int) -> int:
+    """Bytes of the standings of such a matrix: both ends of the rankings, sums and counts.
+
+    >>> standing_bytes(6, 9, 3, 2, 0) == Standings(6, 9, 3, 2, 1, None, 0).n_bytes
+    True
+    """
+    ends = 16 * (n_test * min(k, n_train) + n_train * min(k_train, n_test))
+    return ends + 12 * (classes + 1) * n_train + 8 * classes
+
+
 class Strongest:
     """Of each of `n` samples the `k` lowest (or highest) values so far, with the ids that they belong to."""
 

@@ -38,6 +38,7 @@ from infl_cache.stages.opening import (
     summary,
     test_identity,
 )
+from infl_cache.stages.room import require_room_for_s_test
 from infl_cache.stages.same import check_against_store
 from infl_cache.stages.selection import appended, asked_tests, say_tests
 from infl_cache.stages.solving import Products, prepared, sides_at_once
@@ -52,7 +53,9 @@ def stest(run: Opened, force: Force = False) -> StageResult:
     started = time.perf_counter()
     identity = _identity(run)
     asked = asked_tests(run.options.selection, run.task, run.options.resources.progress)
-    if run.folder.claim("stest", run.task_identity, identity, force) is None:
+    anew = run.folder.claim("stest", run.task_identity, identity, force) is None
+    require_room_for_s_test(run, _rows_left(run, asked, anew), anew)
+    if anew:
         _begin(run, identity, asked or list(range(len(run.task.test))))
     elif asked is not None:
         _go_on_with(run, asked)
@@ -90,6 +93,16 @@ def _identity(run: Opened) -> dict[str, Any]:
     return identity
 
 
+def _rows_left(run: Opened, asked: Sequence[int] | None, anew: bool) -> int:
+    """Rows of s_test that are still to be written."""
+    if anew:
+        return len(run.task.test) if asked is None else len(asked)
+    folder, samples = run.folder, run.folder.samples("stest")
+    wanted = set(samples[samples >= 0].tolist() if asked is None else asked)
+    done = [samples[record.start : record.stop].tolist() for record in folder.records("stest").values()]
+    return len(wanted.difference(*done))
+
+
 def _go_on_with(run: Opened, asked: Sequence[int]) -> None:
     """Plan rows for the test samples that are asked for now, besides what is done.
 
@@ -116,9 +129,6 @@ def _begin(run: Opened, identity: dict[str, Any], tests: Sequence[int]) -> None:
     make_solver(run.options.stest, run.budget).check(size)
     check_damping(run)
     block_rows = min(sides_at_once(run, run.options.resources.test_block_rows), n_test)
-    arrays = [("s_test", (size,), identity["stored_dtype"]), ("residual", (), "float64"), ("iterations", (), "int64"),
-              ("converged", (), "bool"), ("loss", (), "float64"), ("measure", (), "float64"), ("target", (), "float64"),
-              ("prediction", (), "float64"), ("digest", (), "uint64"), ("index", (), "int64")]  # fmt: skip
     plan = {
         "n_rows": len(tests),
         "block_rows": block_rows,
@@ -130,9 +140,17 @@ def _begin(run: Opened, identity: dict[str, Any], tests: Sequence[int]) -> None:
         "stest", run.task_identity, identity, plan,
         # A row that nobody wrote belongs to no test sample: its index is -1.
         [array_layout(path, len(tests), shape, kind, block_rows, fill=-1 if path == "index" else 0)
-         for path, shape, kind in arrays],
+         for path, shape, kind in columns_of(size, identity["stored_dtype"])],
         Codec("lz4", 5),
     )  # fmt: skip
+
+
+def columns_of(size: int, dtype: str) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    """Path, row shape and type of each array of the store: s_test of `size` numbers and what is kept beside it."""
+    beside = {"residual": "float64", "iterations": "int64", "converged": "bool", "loss": "float64",
+              "measure": "float64", "target": "float64", "prediction": "float64", "digest": "uint64",
+              "index": "int64"}  # fmt: skip
+    return (("s_test", (size,), dtype), *((path, (), kind) for path, kind in beside.items()))
 
 
 def _compute(run: Opened, todo: Sequence[Block], finished: int) -> list[str]:

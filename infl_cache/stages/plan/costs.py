@@ -5,21 +5,35 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from infl_cache.maths.solvers import LARGEST_RANK, PRODUCTS_WORTH
 from infl_cache.maths.solvers.exact import COLUMNS, MAX_PARAMETERS
 from infl_cache.maths.solvers.lissa import FIRST_BATCH
+from infl_cache.maths.tiled import tile_side
+from infl_cache.stages.solving import PRECONDITIONER_SAMPLES
+from infl_cache.stages.spectrum import SPECTRUM_SAMPLES
+from infl_cache.stages.system import OUTPUTS_A_SIDE
 
 # Products with the curvature that block cg takes for each of cg's, with a preconditioner: README, "How fast stage 2
 # is": 816 of 2,936 and 924 of 4,165.
 PCG_SHARE = 0.26
+# Products with one vector that a look at the spectrum takes.
+LOOKS = 24
 # What an eigendecomposition of d rows takes in operations: d^3 of them, so often.
 EIGH = 9
-# EK-FAC's second moments and squares cost a sample about as much as so many vectors in a product.
-EKFAC_VECTORS = 4
+# EK-FAC's second moments and squares cost a sample about as much as so many vectors in a product, where they were not
+# timed.
+EKFAC_VECTORS = 8
+# How often the rows of a Nystrom approximation are multiplied with each other as in making them orthonormal.
+ORTHONORMAL = 3
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Training and test samples, parameters, test samples solved together, bytes a number, bytes of memory."""
+    """Training samples of the curvature, test samples, parameters; bytes a number, bytes of memory.
+
+    `together` test samples are solved at once, `batch` are the samples of a step of lissa; `nystrom` says whether pcg
+    has that preconditioner, `looks` whether fisher looks at the spectrum.
+    """
 
     n_train: int
     n_test: int
@@ -27,6 +41,9 @@ class Sizes:
     together: int
     itemsize: int
     budget: int
+    batch: int = FIRST_BATCH
+    nystrom: bool = True
+    looks: bool = True
 
     @property
     def blocks(self) -> int:
@@ -38,30 +55,56 @@ class Sizes:
 class Costs:
     """Seconds of the pieces.
 
-    `start` once; `side` for each test sample's right-hand side; of each training sample `capture` to have the rows
-    that products are made of (0 where they differentiate twice), `product` in each product, and `vector` more for
-    each vector in it; `pair` for an inner product of two gradients, `read` to read a stored gradient; `operation`
-    for one of float64 arithmetic in large matrices. `row_bytes` are those of a sample's rows.
+    Once: `start` before anything is solved, `eigen` for EK-FAC's bases. For each test sample `side`, its right-hand
+    side; for each block of them `commit`. Of each training sample: `capture` to have the rows that products are made
+    of (0 where they differentiate twice), `product` in each product, and `vector` more for each vector in it; `twice`
+    and `twice_vector` the same by differentiating twice; `moments` to fit EK-FAC to its rows; `read` its stored
+    gradient, `single` and `single_vector` multiply with that. `pair` is an inner product of two gradients, `cg` and
+    `pcg` are an iteration's arithmetic for each vector besides the products, `square` is making rows orthonormal, for
+    each pair of them; `operation` and `division` one of float64 arithmetic in products of large matrices and in their
+    factorisation. `row_bytes` and `stored_bytes` are those of a sample's rows, `outputs` how many these are, `sides`
+    those of the bases.
     """
 
-    start: float
-    side: float
-    capture: float
-    product: float
-    vector: float
-    pair: float
-    read: float
-    operation: float
-    row_bytes: int
-    sides: tuple[int, ...]
+    start: float = 0.0
+    eigen: float = math.nan
+    side: float = 0.0
+    commit: float = 0.0
+    capture: float = 0.0
+    product: float = 0.0
+    vector: float = 0.0
+    twice: float = 0.0
+    twice_vector: float = 0.0
+    moments: float = math.nan
+    read: float = 0.0
+    single: float = 0.0
+    single_vector: float = 0.0
+    pair: float = 0.0
+    cg: float = 0.0
+    pcg: float = 0.0
+    square: float = 0.0
+    operation: float = 0.0
+    division: float = 0.0
+    row_bytes: int = 0
+    stored_bytes: int = 0
+    outputs: int = 0
+    sides: tuple[int, ...] = ()
 
-    def kept(self, sizes: Sizes) -> bool:
-        """Whether the rows are captured once and stay in memory."""
-        return self.row_bytes > 0 and sizes.n_train * self.row_bytes <= sizes.budget // 3
+    def kept(self, sizes: Sizes, n: int | None = None) -> bool:
+        """Whether the rows (of n samples) are captured once and stay in memory."""
+        return self.row_bytes > 0 and (n or sizes.n_train) * self.row_bytes <= sizes.budget // 3
 
     def captures(self, sizes: Sizes, products: float) -> float:
         """Seconds to have the rows for so many products."""
         return sizes.n_train * self.capture * (1 if self.kept(sizes) else products)
+
+    def spectrum(self, sizes: Sizes) -> float:
+        """Seconds of a look at the spectrum: products of one vector, by rows where these are kept or few."""
+        n = min(sizes.n_train, SPECTRUM_SAMPLES)
+        if self.row_bytes and (self.kept(sizes, n) or self.outputs <= OUTPUTS_A_SIDE):
+            captures = 1 if self.kept(sizes, n) else LOOKS
+            return n * (captures * self.capture + LOOKS * (self.product + self.vector))
+        return n * LOOKS * (self.twice + self.twice_vector)
 
 
 @dataclass(frozen=True)
@@ -95,33 +138,27 @@ def bound(largest: float, shift: float, tolerance: float) -> float:
 
 
 def solver_choice(name: str, costs: Costs, sizes: Sizes, needed: Iterations, depth: float) -> Choice:
-    """What the solver of that name takes; `depth` are the steps of lissa."""
-    n, tests = sizes.n_train, sizes.n_test
-    sides = costs.start + tests * costs.side
-    held = min(n * costs.row_bytes, sizes.budget // 3)
+    """What the solver of that name takes; `depth` are the steps of lissa, NaN where nobody knows."""
+    sides = costs.start + sizes.n_test * costs.side + sizes.blocks * costs.commit
+    held = min(sizes.n_train * costs.row_bytes, sizes.budget // 3)
     vectors = 12 * sizes.together * sizes.n_params * sizes.itemsize
     if name == "identity":
         return Choice(name, sides, vectors)
     if name == "fisher":
-        return _fisher(costs, sizes, sides, vectors)
+        return _fisher(costs, sizes, sides + (costs.spectrum(sizes) if sizes.looks else 0.0), vectors)
+    sides += costs.spectrum(sizes)
     if name == "ekfac":
-        eigen = EIGH * sum(float(side) ** 3 for side in costs.sides) * costs.operation
-        fit = n * 2 * EKFAC_VECTORS * (costs.product + costs.vector) + eigen
-        check = sizes.blocks * n * costs.product + tests * n * costs.vector
-        return Choice(name, sides + costs.captures(sizes, 2 + sizes.blocks) + fit + check, vectors + held)
+        return Choice(name, sides + _ekfac(costs, sizes) + _checked(costs, sizes), vectors + held)
     if name == "exact":
-        if sizes.n_params > MAX_PARAMETERS:
-            return Choice(name, math.inf, math.inf, note=f"for up to {MAX_PARAMETERS:,} parameters")
-        products = -(-sizes.n_params // COLUMNS)
-        build = costs.captures(sizes, products) + 2 * n * (products * costs.product + sizes.n_params * costs.vector)
-        return Choice(name, sides + build + sizes.n_params**3 / 3 * costs.operation, 24.0 * sizes.n_params**2)
+        return _exact(costs, sizes, sides)
     if name == "lissa":
-        step = costs.capture + costs.product + sizes.together * costs.vector
-        return Choice(name, sides + sizes.blocks * depth * FIRST_BATCH * step, vectors)
-    if name == "pcg":
-        vectors *= 3
-        needed = Iterations(PCG_SHARE * needed.mean, PCG_SHARE * needed.longest, needed.known)
-    return Choice(name, sides + iterated(costs, sizes, needed), vectors + held)
+        return _lissa(costs, sizes, sides, depth, vectors)
+    if name == "cg":
+        algebra = sizes.n_test * (needed.mean + 1) * costs.cg
+        return Choice(name, sides + iterated(costs, sizes, needed) + algebra, vectors + held)
+    needed = Iterations(PCG_SHARE * needed.mean, PCG_SHARE * needed.longest, needed.known)
+    algebra = sizes.n_test * (needed.mean + 1) * costs.pcg + _nystrom(costs, sizes)
+    return Choice(name, sides + iterated(costs, sizes, needed) + algebra, 3 * vectors + held)
 
 
 def iterated(costs: Costs, sizes: Sizes, needed: Iterations) -> float:
@@ -131,13 +168,76 @@ def iterated(costs: Costs, sizes: Sizes, needed: Iterations) -> float:
     return costs.captures(sizes, passes) + sizes.n_train * (passes * costs.product + vectors * costs.vector)
 
 
+def _checked(costs: Costs, sizes: Sizes) -> float:
+    """A product for the residuals of each block, and the rows for these and for two passes of EK-FAC."""
+    products = sizes.blocks * costs.product + sizes.n_test * costs.vector
+    return costs.captures(sizes, 2 + sizes.blocks) + sizes.n_train * products
+
+
+def _ekfac(costs: Costs, sizes: Sizes) -> float:
+    eigen, moments = costs.eigen, costs.moments
+    if math.isnan(eigen):
+        eigen = EIGH * sum(float(side) ** 3 for side in costs.sides) * costs.operation
+    if math.isnan(moments):
+        moments = EKFAC_VECTORS * (costs.product + costs.vector)
+    return eigen + sizes.n_train * moments
+
+
+def _nystrom(costs: Costs, sizes: Sizes) -> float:
+    """Two products of the leading vectors with the curvature of a subsample, and what makes a basis of them."""
+    if not sizes.nystrom:
+        return 0.0
+    n = min(sizes.n_train, PRECONDITIONER_SAMPLES)
+    rank = min(LARGEST_RANK, PRODUCTS_WORTH * sizes.n_train // n, sizes.n_params,
+               sizes.budget // 8 // (sizes.n_params * sizes.itemsize))  # fmt: skip
+    captures = 1 if costs.kept(sizes, n) else 2
+    return n * (captures * costs.capture + 2 * costs.product + 2 * rank * costs.vector) + (
+        ORTHONORMAL * rank**2 * costs.square
+    )
+
+
+def _exact(costs: Costs, sizes: Sizes, sides: float) -> Choice:
+    if sizes.n_params > MAX_PARAMETERS:
+        return Choice("exact", math.inf, math.inf, note=f"for up to {MAX_PARAMETERS:,} parameters")
+    products = -(-sizes.n_params // COLUMNS)
+    once = products * costs.product + sizes.n_params * costs.vector
+    checks = sizes.blocks * costs.product + sizes.n_test * costs.vector
+    build = costs.captures(sizes, products + sizes.blocks) + sizes.n_train * (once + checks)
+    factor = sizes.n_params**3 / 3 * costs.division
+    return Choice("exact", sides + build + factor, 24.0 * sizes.n_params**2)
+
+
+def _lissa(costs: Costs, sizes: Sizes, sides: float, depth: float, vectors: float) -> Choice:
+    """Steps of a batch that is differentiated twice; after every two passes' worth of them a look at the residual."""
+    if math.isnan(depth):
+        note = "its steps are not known without a spectrum; give --depth"
+        return Choice("lissa", math.nan, vectors, note=note)
+    n = sizes.n_train
+    whole = n * (costs.product + sizes.together * costs.vector)
+    whole += 0.0 if costs.kept(sizes) else n * costs.capture
+    step = sizes.batch * (costs.twice + sizes.together * costs.twice_vector) if sizes.batch < n else whole
+    looks = 1 + depth / (max(1.0, 2 * n / sizes.batch) if sizes.batch < n else 20)
+    algebra = depth * sizes.together * costs.cg
+    first = n * costs.capture if costs.kept(sizes) else 0.0
+    return Choice("lissa", sides + first + sizes.blocks * (depth * step + looks * whole + algebra), vectors)
+
+
 def _fisher(costs: Costs, sizes: Sizes, sides: float, vectors: float) -> Choice:
     """The Gram matrix and its factor: in memory where three times its half fits, else on the disk."""
     n = sizes.n_train
     matrix = 4.0 * n * n
     on_disk = 3 * matrix > sizes.budget
-    pairs = n * n / 2 * costs.pair + n**3 / 3 * costs.operation
-    solve = sizes.n_test * (2.0 * n * n * costs.operation + 6 * n * costs.pair)
-    passes = n * costs.read * 4 * sizes.blocks
-    memory = vectors + (sizes.budget / 2 if on_disk else 3 * matrix)
-    return Choice("fisher", sides + pairs + solve + passes, memory, matrix if on_disk else 0.0)
+    row = max(1, costs.stored_bytes)
+    side = tile_side(n, sizes.budget // 6 // row, sizes.budget)
+    # Whole tiles are multiplied, also on the diagonal; a last tile that is not full counts as its part.
+    tiles = n / side
+    pairs = side**2 * tiles * (tiles + 1) / 2 * costs.pair
+    products = 2 * side**3 * tiles * max(0.0, tiles**2 - 1) / 6 * costs.operation
+    divisions = side**3 * (tiles * max(0.0, tiles - 1) / 2 + tiles / 3) * costs.division
+    solve = sizes.n_test * 4.0 * n * n * costs.operation
+    # In the inverse and for the residual: two products of each test sample, three passes over the gradients a block.
+    reads = 1 if n * row <= sizes.budget // 3 else 3 * sizes.blocks + 2 * max(1.0, n * row / (sizes.budget / 6))
+    vectored = 2 * n * (sizes.blocks * costs.single + sizes.n_test * costs.single_vector)
+    memory = vectors + min(n * row, sizes.budget / 3) + (sizes.budget / 2 if on_disk else 3 * matrix)
+    return Choice("fisher", sides + pairs + products + divisions + solve + n * costs.read * reads + vectored, memory,
+                  matrix if on_disk else 0.0)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from infl_cache.disk.codecs import Codec
-from infl_cache.disk.trial import Trial, try_store
+from infl_cache.disk.trial import Trial, try_codec, try_store
 from infl_cache.maths.capture import Forms, capture
 from infl_cache.maths.capture.cost import cost_of, scored
 from infl_cache.maths.probe import probe_batch
@@ -53,7 +54,8 @@ class StoreChoice:
 class GradsPlan:
     """Stage 1 on paper. Rates are samples a second, measured on a few batches and one trial block, or reckoned.
 
-    `start` are the seconds before the first block, `encode_rate` is that of compressing.
+    `start` are the seconds before the first block, `encode_rate` is that of compressing, `commit` the seconds that a
+    block takes besides.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -73,17 +75,17 @@ class GradsPlan:
     dtype: str = "float32"
     codec: str = "lz4"
     start: float = 0.0
+    commit: float = 0.0
     memory: float = 0.0
     choices: tuple[StoreChoice, ...] = ()
 
     @property
     def seconds(self) -> float:
         """Computing a block and writing the last one overlap."""
-        if not self.cache:
-            return self.start + self.n_train / self.compute_rate
         made, written = 1 / self.compute_rate + 1 / self.encode_rate, 1 / self.write_rate
         alone = min(self.n_train, self.block_rows) * min(made, written)
-        return self.start + self.n_train * max(made, written) + alone
+        blocks = -(-self.n_train // self.block_rows)
+        return self.start + self.n_train * max(made, written) + alone + blocks * self.commit
 
     @property
     def stored_seconds(self) -> float:
@@ -127,7 +129,7 @@ def _groups(n: int, wanted: int, batch_size: int) -> list[range]:
 
 def _filled(run: Opened, forms: Forms, buffer: BlockBuffer, groups: Sequence[range], dtype: str, cache: bool) -> float:
     """Fill the buffer with the gradients of the chosen samples; samples a second."""
-    seconds, timed, filled = 0.0, 0, 0
+    found, filled = [], 0
     for group in groups:
         started = time.perf_counter()
         batch = probe_batch(run.task, group, run.device)
@@ -137,15 +139,15 @@ def _filled(run: Opened, forms: Forms, buffer: BlockBuffer, groups: Sequence[ran
         buffer.fill(slice(filled, filled + len(group)), stored, batch.digests)
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
-        if filled or len(groups) == 1:  # the first batch also warms up
-            seconds, timed = seconds + time.perf_counter() - started, timed + len(group)
+        found.append((time.perf_counter() - started) / len(group))
         filled += len(group)
     buffer.wait()
-    return timed / seconds
+    # The first batch also warms up.
+    return 1 / statistics.median(found[1:] or found)
 
 
-def store_choices(run: Opened, forms: Forms, dtype: str) -> tuple[StoreChoice, ...]:
-    """The stored type of this run and bfloat16, with each codec, on a small block."""
+def store_choices(run: Opened, forms: Forms, dtype: str, disk: float) -> tuple[StoreChoice, ...]:
+    """The stored type of this run and bfloat16, with each codec, in memory; `disk` are the seconds of a byte."""
     row_bytes = max(1, forms.row_size * bytes_a_number(dtype))
     wanted = max(1, min(256, CHOICE_BYTES // row_bytes))
     groups = _groups(len(run.task.train), wanted, forms.at_once(min(32, wanted)))
@@ -155,9 +157,8 @@ def store_choices(run: Opened, forms: Forms, dtype: str) -> tuple[StoreChoice, .
         buffer = BlockBuffer(arrays, n, run.device)
         _filled(run, forms, buffer, groups, kind, True)
         for name in ("lz4", "zstd", "none"):
-            trial = try_store(run.folder.path, arrays, Codec(name, run.options.grads.level), buffer.arrays(n))
-            written = (trial.encode_seconds + trial.write_seconds) / n
-            found.append(StoreChoice(kind, name, trial.n_bytes / n, written, trial.read_seconds / n))
+            size, encoding, decoding = try_codec(arrays, Codec(name, run.options.grads.level), buffer.arrays(n))
+            found.append(StoreChoice(kind, name, size / n, (encoding + size * disk) / n, decoding / n))
     return tuple(found)
 
 

@@ -2,42 +2,75 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from infl_cache.config import InfluenceOptions
+from infl_cache.disk.trial import try_matrix
 from infl_cache.maths import scores
 from infl_cache.maths.capture import Forms, capture
 from infl_cache.maths.probe import probe_batch
 from infl_cache.maths.samples import spread
-from infl_cache.stages import rank
+from infl_cache.maths.task import targets_as_numbers
+from infl_cache.stages.columns import classes_of
 from infl_cache.stages.influence import TILE_COLUMNS
 from infl_cache.stages.opening import Opened
+from infl_cache.stages.plan.clock import clocked, line, once
+from infl_cache.stages.rankings import ROOM
+from infl_cache.stages.standings import NO_CLASS, Standings, standing_bytes
 
-# Samples and test rows of the trial product.
-SAMPLES, ROWS = 256, 32
+# Training samples of the trial product, numbers of its test rows, numbers of a tile that is written or ranked.
+SAMPLES, NUMBERS, TILE = 512, 2**25, 2**19
 HEADER = 128
 # Names and headers of the arrays in `rankings.npz`.
 ARCHIVE = 4700
+# Test samples that classes are counted among.
+TARGETS = 256
+# Threads, buffers of the system, what an allocator keeps.
+FIXED = 30e6
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Seconds: `multiply` of a training sample in a product and `score` for each test sample in it; `load` of a row of
+    s_test; `sync` of a tile and `write` of a byte; `rank` of a pair in the first columns, `rank_on` in later ones.
+    """
+
+    multiply: float = 0.0
+    score: float = 0.0
+    load: float = 0.0
+    sync: float = 0.0
+    write: float = 0.0
+    rank: float = 0.0
+    rank_on: float = 0.0
 
 
 @dataclass(frozen=True)
 class InfluencePlan:
-    """Stage 3 on paper: `multiply` and `score` are seconds of a training sample, and for each test sample besides."""
+    """Stage 3 on paper, of `columns` training samples a tile, `classes` with rankings of their own.
+
+    `start` are the seconds before the first tile, `read` those of a training sample's gradient.
+    """
 
     n_train: int
     n_test: int
     tile_rows: int
-    top_k: int
+    columns: int
+    options: InfluenceOptions
+    classes: int
     read: float
-    multiply: float
-    score: float
-    write: float
-    ranking: float
+    scoring: Scoring
+    start: float
     memory: float
-    matrix: bool = True
+
+    @property
+    def matrix(self) -> bool:
+        """Whether the matrix is kept."""
+        return self.options.matrix
 
     @property
     def passes(self) -> int:
@@ -51,21 +84,33 @@ class InfluencePlan:
 
     @property
     def ranking_bytes(self) -> int:
-        """Size of `rankings.npz`: ids and values of both ends, of test and of training samples, without classes."""
-        tests = min(self.top_k, self.n_train) * (self.n_test + 1)
-        return 24 * (tests + self.n_train * min(self.top_k, self.n_test)) + 4 * self.n_train + ARCHIVE
+        """Size of `rankings.npz`: ids and values of both ends, of test and training samples, of classes and of all."""
+        rankings = min(self.options.top_k, self.n_train) * (self.n_test + 1 + self.classes)
+        of_trains = self.n_train * min(self.options.top_k_train, self.n_test)
+        return 24 * (rankings + of_trains) + 4 * self.n_train + 8 * self.classes + ARCHIVE
+
+    @property
+    def state_bytes(self) -> int:
+        """What the rankings are made of: in memory, and without a matrix in `influence.state` too."""
+        options = self.options
+        return standing_bytes(self.n_test, self.n_train, options.top_k, options.top_k_train, self.classes)
 
     @property
     def n_bytes(self) -> int:
-        """Both, or the rankings alone (`--no-matrix`)."""
-        return (self.matrix_bytes if self.matrix else 0) + self.ranking_bytes
+        """Matrix and rankings, or these and their state (`--no-matrix`)."""
+        return self.ranking_bytes + (self.matrix_bytes if self.matrix else self.state_bytes)
 
     @property
     def seconds(self) -> float:
-        """Reading, multiplying and writing take turns; then the rows of the matrix are ranked."""
-        pairs = float(self.n_test) * self.n_train
-        passing = self.n_train * self.passes * (self.read + self.multiply)
-        return passing + pairs * (self.score + 4 * self.write + self.ranking)
+        """Reading, multiplying, writing and ranking take turns; then the rankings are written."""
+        pairs, each = float(self.n_test) * self.n_train, self.scoring
+        passing = self.n_train * self.passes * (self.read + each.multiply) + pairs * each.score
+        tiles = self.passes * -(-self.n_train // self.columns)
+        kept = tiles * each.sync + 4 * pairs * each.write if self.matrix else self.state_bytes * each.write
+        first = min(self.n_train, self.columns, TILE_COLUMNS)
+        ranked = self.n_test * (first * each.rank + (self.n_train - first) * each.rank_on)
+        loaded = self.n_test * each.load + self.ranking_bytes * each.write
+        return self.start + passing + kept + ranked + loaded
 
 
 def rows_of_a_tile(asked: int | None, budget: int, size: int, itemsize: int, n_test: int) -> int:
@@ -73,35 +118,69 @@ def rows_of_a_tile(asked: int | None, budget: int, size: int, itemsize: int, n_t
     return min(asked or max(1, budget // 4 // (size * itemsize)), n_test)
 
 
-def held(budget: int, tile_rows: int, size: int, block_bytes: float, n_train: int) -> float:
-    """Bytes that stage 3 holds: a tile of s_test and its pieces, a block decoded and as read, and the products."""
-    return 2.0 * tile_rows * size * 4 + 3 * block_bytes + budget / 8 + 8.0 * tile_rows * min(TILE_COLUMNS, n_train)
+def columns_of_a_tile(block_rows: int) -> int:
+    """Training samples of a tile."""
+    return block_rows * max(1, TILE_COLUMNS // block_rows)
 
 
-def multiplying(run: Opened, forms: Forms, tile_rows: int) -> tuple[float, float]:
-    """Seconds of a training sample in the product, and for each test sample: one test row, and several."""
+def held(budget: int, tile_rows: int, size: int, block_bytes: float, columns: int, standings: float) -> float:
+    """Bytes that stage 3 holds: a tile of s_test and its pieces, a block decoded and as read, products, rankings."""
+    products = 8.0 * tile_rows * columns
+    return 3.0 * tile_rows * size * 4 + 3 * block_bytes + budget / 8 + products + 3 * standings + FIXED
+
+
+def classes_among(run: Opened, tests: Sequence[int], n_train: int) -> int:
+    """Classes of the test samples that get rankings of their own, counted among a few."""
+    few = [tests[place] for place in spread(len(tests), TARGETS)]
+    targets = targets_as_numbers(run.task, probe_batch(run.task, few, run.device, "test").data, len(few))
+    found = classes_of(targets.cpu().double().numpy())
+    labels = 0 if found is None else len(np.unique(found[found != NO_CLASS]))
+    return labels if 12 * (labels + 1) * n_train <= run.budget // ROOM else 0
+
+
+def scoring(run: Opened, forms: Forms, tile_rows: int, columns: int) -> Scoring:
+    """Time a product, a tile on the disk and one in the rankings; `load` is not known here."""
+    multiply, score = _multiplied(run, forms, tile_rows)
+    rows = max(1, min(tile_rows, TILE // columns))
+    sync, write = _written(run.folder.path, rows, min(columns, TILE))
+    options = run.options.influence
+    rank, rank_on = ranked(options.top_k, options.top_k_train, min(tile_rows, 64), min(columns, TILE_COLUMNS))
+    return Scoring(multiply, score, 0.0, sync, write, rank, rank_on)
+
+
+def _multiplied(run: Opened, forms: Forms, tile_rows: int) -> tuple[float, float]:
+    """Seconds of a training sample in the product, and for each test sample: of a part of a tile's rows and of all."""
     fitting = max(1, min(SAMPLES, run.budget // 16 // (4 * max(1, forms.row_size)), len(run.task.train)))
     count = forms.at_once(fitting)
     captured = capture(run.task, forms, probe_batch(run.task, spread(len(run.task.train), count), run.device))
-    few = max(1, min(tile_rows, ROWS, run.budget // 16 // (4 * run.parameters.size)))
-    asked = torch.ones(few, run.parameters.size, dtype=captured.dense.dtype, device=run.device)
-    seconds = []
-    for rows in (asked[:1], asked):
-        cut = scores.queries(forms, rows)
-        scores.scores(forms, cut, captured.factors, captured.dense, run.budget // 8)
-        started = time.perf_counter()
-        float(scores.scores(forms, cut, captured.factors, captured.dense, run.budget // 8)[0, 0])
-        seconds.append((time.perf_counter() - started) / len(captured.loss))
-    if few == 1:
-        return 0.0, seconds[0]
-    each = max(0.0, seconds[1] - seconds[0]) / (few - 1)
-    return max(0.0, seconds[0] - each), each
+    rows = max(1, min(tile_rows, NUMBERS // run.parameters.size))
+    dtype = torch.bfloat16 if run.options.influence.product_dtype == "bfloat16" else captured.dense.dtype
+    found = []
+    for few in (max(1, rows // 4), rows):
+        asked = torch.ones(few, run.parameters.size, dtype=dtype, device=run.device)
+        cut = scores.queries(forms, asked)
+
+        def multiplied(cut: scores.Queries = cut) -> None:
+            scores.scores(forms, cut, captured.factors, captured.dense, run.budget // 8)
+
+        found.append((few, clocked(multiplied, run.device) / len(captured.loss)))
+    return line(found[0], found[1])
 
 
-def ranking_rate(top_k: int, n_train: int) -> float:
-    """Seconds of a pair in the rankings."""
-    row = np.random.default_rng(0).standard_normal(min(n_train, 100_000), np.float32)
-    started = time.perf_counter()
-    for ranked in (rank.helpful, rank.harmful):
-        ranked(row, top_k)
-    return (time.perf_counter() - started) / len(row)
+def _written(near: Path, rows: int, columns: int) -> tuple[float, float]:
+    """Seconds of a tile of the matrix, and of a byte in it."""
+    small, large = try_matrix(near, 1, 1), try_matrix(near, rows, columns)
+    return line((4, small), (max(5, 4 * rows * columns), large))
+
+
+def ranked(k: int, k_train: int, rows: int, columns: int) -> tuple[float, float]:
+    """Seconds of a pair in the rankings: in the first columns of a row of tiles, and in later ones."""
+    values = np.random.default_rng(0).standard_normal((rows, 2 * columns), np.float32)
+    standings = Standings(rows, 2 * columns, k, k_train, 1, None, 0)
+    tests, cpu = np.arange(rows), torch.device("cpu")
+
+    def added(start: int) -> float:
+        # Once: what was added is there.
+        return once(lambda: standings.add(tests, start, values[:, start : start + columns]), cpu) / (rows * columns)
+
+    return added(0), added(columns)

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import psutil
 
@@ -18,15 +17,23 @@ from infl_cache.disk.trial import free_bytes
 from infl_cache.errors import BadInput
 from infl_cache.maths.capture import Forms
 from infl_cache.maths.task import Task
+from infl_cache.progress import progress
 from infl_cache.stages.grads import bytes_a_number, planned
 from infl_cache.stages.opening import Opened, looked_at, options_identity, stored_dtype
 from infl_cache.stages.plan.asked import PlanOptions
-from infl_cache.stages.plan.costs import Sizes
 from infl_cache.stages.plan.grads import GradsPlan, measured, planned_layers, store_choices
-from infl_cache.stages.plan.influence import InfluencePlan, held, multiplying, ranking_rate, rows_of_a_tile
+from infl_cache.stages.plan.influence import (
+    InfluencePlan,
+    classes_among,
+    columns_of_a_tile,
+    held,
+    rows_of_a_tile,
+    scoring,
+)
 from infl_cache.stages.plan.machines import MACHINES
+from infl_cache.stages.plan.pieces import compared
 from infl_cache.stages.plan.reckoned import on_machine, on_meta
-from infl_cache.stages.plan.stest import StestPlan, plan_stest, solved_together
+from infl_cache.stages.plan.stest import StestPlan, plan_stest, sizes_of
 from infl_cache.stages.plan.trial import Tried, tried
 from infl_cache.stages.plan.whole import Plan
 from infl_cache.stages.selection import asked_tests
@@ -57,20 +64,16 @@ def _measured(run: Opened, asked: PlanOptions, free: int) -> tuple[Plan, tuple[F
     tests = asked_tests(run.options.selection, run.task, run.options.resources.progress) or range(len(run.task.test))
     n_train, n_test = asked.n_train or len(run.task.train), asked.n_test or len(tests)
     base = psutil.Process().memory_info().rss
-    grads, forms = _grads(run, n_train)
-    size, resources = run.parameters.size, run.options.resources
-    itemsize = 8 if grads.dtype == "float64" else 4
-    tile = rows_of_a_tile(resources.tile_rows, run.budget, size, itemsize, n_test)
-    multiply, score = multiplying(run, forms, tile)
-    read = 1 / grads.read_rate if grads.cache else 1 / grads.compute_rate
-    influence = InfluencePlan(
-        n_train, n_test, tile, run.options.influence.top_k, read, multiply, score, grads.bytes_a_sample and
-        1 / (grads.write_rate * grads.bytes_a_sample), ranking_rate(run.options.influence.top_k, n_train),
-        held(run.budget, tile, size, grads.block_rows * forms.row_size * itemsize, n_train),
-        run.options.influence.matrix,
-    )  # fmt: skip
+    with progress("plan", 4, 0, "step", run.options.resources.progress) as bar:
+        grads, forms = _grads(run, n_train)
+        bar.advance(1)
+        read = 1 / grads.read_rate if grads.cache else 1 / grads.compute_rate
+        stest, found = _stest(run, forms, (n_train, n_test), (grads.start, read), tests)
+        bar.advance(2)
+        influence = _influence(run, forms, grads, (n_train, n_test), tests)
+        influence = replace(influence, read=read, scoring=replace(influence.scoring, load=found.load))
+        bar.advance(1)
     grads = replace(grads, passes=influence.passes)
-    stest, found = _stest(run, forms, (n_train, n_test), read, tests)
     where = f"this machine ({run.device})"
     here = Plan(where, grads, stest, influence, run.budget, base, free, _written(run.folder), _scaled(run, n_train))
     return here, (forms, found)
@@ -95,35 +98,43 @@ def _grads(run: Opened, n_train: int) -> tuple[GradsPlan, Forms]:
     block_rows = min(asked or choose_block_rows(n_train, row_bytes, run.budget // 8), n_train)
     batch_size = forms.at_once(found["batch_size"])
     rate, rows, trial = measured(run, forms, batch_size, dtype)
+    choices = store_choices(run, forms, dtype, trial.write_seconds / trial.n_bytes) if options.cache else ()
     return GradsPlan(
         tuple(planned_layers(forms)), n_train, run.parameters.size, found["batch_size"], block_rows, rate,
         rows / trial.encode_seconds, rows / trial.write_seconds, rows / trial.read_seconds, trial.n_bytes / rows, 1,
-        found.get("rounding"), tuple(notes), options.cache, dtype, options.codec, start,
-        3.0 * block_rows * row_bytes + run.budget / 4, store_choices(run, forms, dtype) if options.cache else (),
+        found.get("rounding"), tuple(notes), options.cache, dtype, options.codec, start + trial.create_seconds,
+        trial.commit_seconds, 3.0 * block_rows * row_bytes + run.budget / 4, choices,
     ), forms  # fmt: skip
 
 
 def _stest(
-    run: Opened, forms: Forms, counts: tuple[int, int], read: float, tests: Sequence[int]
+    run: Opened, forms: Forms, counts: tuple[int, int], seconds: tuple[float, float], tests: Sequence[int]
 ) -> tuple[StestPlan, Tried]:
-    """Stage 2, tried."""
-    options: Any = run.options.stest
-    itemsize = 8 if options.solve_dtype == "float64" or stored_dtype(run.parameters, run.task) == "float64" else 4
-    if options.solve_dtype == "auto" and options.solver in ("exact", "fisher"):
-        itemsize = 8
-    size = run.parameters.size
-    together = solved_together(
-        options.solver, run.options.resources.test_block_rows, run.budget, size, itemsize, counts[1]
-    )
-    n_curved = min(counts[0], options.curvature_samples or counts[0])
-    sizes = Sizes(n_curved, counts[1], size, together, itemsize, run.budget)
-    found = tried(run, forms, sizes, read, tests)
-    tolerance = (0.02 if options.solver == "lissa" else 1e-4) if options.tolerance is None else options.tolerance
-    made = plan_stest(
-        options.solver, found.costs, sizes, found.needed, found.spectrum.largest, found.damping, tolerance,
-        found.bytes_a_test,
-    )  # fmt: skip
-    return made, found
+    """Stage 2, tried; `seconds` are those of proving the forms, and of reading a gradient."""
+    options = run.options.stest
+    wide = options.solve_dtype == "float64" or stored_dtype(run.parameters, run.task) == "float64"
+    wide = wide or (options.solve_dtype == "auto" and options.solver in ("exact", "fisher"))
+    asked = run.options.resources.test_block_rows
+    sizes = sizes_of(options, asked, run.budget, run.parameters.size, 8 if wide else 4, counts)
+    start = seconds[0] + compared(run, "train", counts[0])
+    found = tried(run, forms, sizes, start, seconds[1], tests)
+    return plan_stest(options, found.costs, sizes, found.needed, found.spectrum.largest, found.damping,
+                      found.bytes_a_test), found  # fmt: skip
+
+
+def _influence(
+    run: Opened, forms: Forms, grads: GradsPlan, counts: tuple[int, int], tests: Sequence[int]
+) -> InfluencePlan:
+    """Stage 3, its pieces timed."""
+    size, itemsize = run.parameters.size, 8 if grads.dtype == "float64" else 4
+    tile = rows_of_a_tile(run.options.resources.tile_rows, run.budget, size, itemsize, counts[1])
+    columns, classes = columns_of_a_tile(grads.block_rows), classes_among(run, tests, counts[0])
+    start = compared(run, "train", counts[0]) + compared(run, "test", counts[1])
+    made = InfluencePlan(*counts, tile, columns, run.options.influence, classes, 0.0,
+                         scoring(run, forms, tile, min(columns, counts[0])), start, 0.0)  # fmt: skip
+    block_bytes = grads.block_rows * forms.row_size * itemsize
+    wide = min(columns, counts[0])
+    return replace(made, memory=held(run.budget, tile, size, block_bytes, wide, made.state_bytes))
 
 
 def _on_disk(here: Plan, rate: int) -> Plan:
@@ -131,7 +142,8 @@ def _on_disk(here: Plan, rate: int) -> Plan:
     grads = here.grads
     write = rate / grads.bytes_a_sample
     grads = replace(grads, write_rate=write, read_rate=1 / (1 / grads.read_rate + grads.bytes_a_sample / rate))
-    influence = replace(here.influence, read=1 / grads.read_rate, write=1 / rate)
+    influence = here.influence
+    influence = replace(influence, read=1 / grads.read_rate, scoring=replace(influence.scoring, write=1 / rate))
     return replace(here, grads=grads, influence=influence, machine=f"{here.machine}, a disk of {rate / 1e9:g} GB/s")
 
 

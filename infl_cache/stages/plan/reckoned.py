@@ -20,9 +20,16 @@ from infl_cache.stages.plan.asked import PlanOptions
 from infl_cache.stages.plan.costs import Costs, Iterations, Sizes
 from infl_cache.stages.plan.counts import Counts, count
 from infl_cache.stages.plan.grads import GradsPlan, planned_layers
-from infl_cache.stages.plan.influence import InfluencePlan, held, ranking_rate, rows_of_a_tile
+from infl_cache.stages.plan.influence import (
+    InfluencePlan,
+    Scoring,
+    columns_of_a_tile,
+    held,
+    ranked,
+    rows_of_a_tile,
+)
 from infl_cache.stages.plan.machines import EFFICIENCY, Machine
-from infl_cache.stages.plan.stest import plan_stest, solved_together
+from infl_cache.stages.plan.stest import plan_stest, sizes_of
 from infl_cache.stages.plan.whole import Plan
 from infl_cache.stages.selection import asked_tests
 from infl_cache.stages.system import OUTPUTS_A_SIDE
@@ -31,6 +38,8 @@ from infl_cache.stages.system import OUTPUTS_A_SIDE
 DISK, ENCODE, DECODE = 3e9, 2e9, 4e9
 # Products a test sample that cg is thought to take, where nothing was solved: README, "Limits", says 40 to 70.
 PRODUCTS = 60
+# Vectors that an iteration of cg, and of pcg, reads and writes besides its products.
+CG_VECTORS, PCG_VECTORS = 14, 60
 # What a process with PyTorch holds besides.
 PROCESS = 1e9
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -44,11 +53,19 @@ def on_machine(here: Plan, run: Opened, forms: Forms, machine: Machine, asked: P
     made = _plan(run.task, run.parameters, run.options, forms, found, machine, asked, here.grads.bytes_a_sample,
                  here.stest.iterations, here.stest.n_bytes / here.stest.sizes.n_test, here.free)  # fmt: skip
     solved = plan_stest(
-        made.stest.solver, made.stest.costs, made.stest.sizes, here.stest.iterations, here.stest.largest,
-        here.stest.damping, here.stest.tolerance, here.stest.n_bytes / here.stest.sizes.n_test,
+        run.options.stest, made.stest.costs, made.stest.sizes, here.stest.iterations, here.stest.largest,
+        here.stest.damping, here.stest.n_bytes / here.stest.sizes.n_test,
     )  # fmt: skip
+    influence = replace(made.influence, classes=here.influence.classes)
     grads = replace(made.grads, notes=here.grads.notes, rounding=here.grads.rounding)
-    return replace(made, grads=grads, stest=solved, written=here.written, assumed=(*made.assumed, *here.assumed))
+    return replace(
+        made,
+        grads=grads,
+        stest=solved,
+        influence=influence,
+        written=here.written,
+        assumed=(*made.assumed, *here.assumed),
+    )
 
 
 def on_meta(task: Task, options: Options, asked: PlanOptions, machine: Machine, free: float) -> Plan:
@@ -88,23 +105,24 @@ def _plan(
     read = stored / disk + row_bytes / DECODE + row_bytes / machine.moved if cache else passing
     block_rows = min(options.resources.block_rows or choose_block_rows(n_train, row_bytes, budget // 8), n_train)
     batch = options.resources.batch_size or min(256, block_rows)
-    influence = InfluencePlan(
-        n_train, n_test, tile, options.influence.top_k, read, found.rebuild / machine.operations,
-        found.score / machine.operations, 1 / disk, ranking_rate(options.influence.top_k, n_train),
-        held(budget, tile, size, block_rows * row_bytes, n_train), options.influence.matrix,
-    )  # fmt: skip
+    columns = columns_of_a_tile(block_rows)
+    ranking = ranked(options.influence.top_k, options.influence.top_k_train, min(tile, 64), 4096)
+    product = (found.rebuild / machine.operations, found.score / machine.operations)
+    pieces = Scoring(*product, 4 * size / disk, 0.0, 1 / disk, *ranking)
+    influence = InfluencePlan(n_train, n_test, tile, columns, options.influence, 0, read, pieces, 0.0, 0.0)
+    influence = replace(influence, memory=held(
+        budget, tile, size, block_rows * row_bytes, min(columns, n_train), influence.state_bytes
+    ))  # fmt: skip
     grads = GradsPlan(
         tuple(planned_layers(forms)), n_train, size, batch, block_rows, 1 / compute, math.inf, 1 / written, 1 / read,
-        stored, influence.passes, None, (), cache, dtype, options.grads.codec, 0.0,
+        stored, influence.passes, None, (), cache, dtype, options.grads.codec, 0.0, 0.0,
         3.0 * block_rows * row_bytes + budget / 4,
     )  # fmt: skip
-    solver = options.stest.solver
-    together = solved_together(solver, options.resources.test_block_rows, budget, size, 4, n_test)
-    sizes = Sizes(min(n_train, options.stest.curvature_samples or n_train), n_test, size, together, 4, budget)
+    sizes = sizes_of(options.stest, options.resources.test_block_rows, budget, size, 4, (n_train, n_test))
     damping = options.stest.damping
     stest = plan_stest(
-        solver, _costs(found, forms, machine, sizes, read), sizes, needed, math.nan,
-        math.nan if damping == "auto" else damping, options.stest.tolerance or 1e-4, bytes_a_test,
+        options.stest, _costs(found, forms, machine, sizes, read), sizes, needed, math.nan,
+        math.nan if damping == "auto" else damping, bytes_a_test,
     )  # fmt: skip
     title = f"{machine.title}, a disk of {disk / 1e9:g} GB/s, on paper"
     assumed = (
@@ -120,9 +138,14 @@ def _costs(found: Counts, forms: Forms, machine: Machine, sizes: Sizes, read: fl
     fits = sizes.n_train * row_bytes <= sizes.budget // 3
     by_rows = row_bytes > 0 and (fits or found.outputs <= OUTPUTS_A_SIDE * sizes.together)
     side = (found.forward + found.backward + found.build + found.rebuild) / machine.operations
+    # Vectors that an iteration reads and writes besides: cg's, and those of pcg's steps before.
+    moved = 4 * sizes.n_params / machine.bandwidth
     return Costs(
-        0.0, side, found.rows / machine.operations if by_rows else 0.0, 0.0,
-        (found.vector if by_rows else found.twice) / machine.operations, found.pair / machine.operations64, read,
-        1 / machine.operations64, row_bytes if by_rows else 0,
-        tuple(length for pair in sides_with_bases(forms).values() for length in pair),
+        side=side, capture=found.rows / machine.operations if by_rows else 0.0,
+        vector=(found.vector if by_rows else found.twice) / machine.operations,
+        twice_vector=found.twice / machine.operations, read=read, single_vector=found.pair / machine.operations64,
+        pair=found.pair / machine.operations64, cg=CG_VECTORS * moved, pcg=PCG_VECTORS * moved,
+        square=4 * sizes.n_params / machine.operations64, operation=1 / machine.operations64,
+        division=1 / machine.operations64, row_bytes=row_bytes if by_rows else 0, stored_bytes=8 * forms.row_size,
+        outputs=found.outputs, sides=tuple(length for pair in sides_with_bases(forms).values() for length in pair),
     )  # fmt: skip

@@ -13,38 +13,40 @@ from torch import Tensor
 
 from infl_cache.disk.codecs import Codec
 from infl_cache.disk.layout import array_layout
-from infl_cache.disk.trial import try_store
+from infl_cache.disk.trial import Trial, try_store
 from infl_cache.maths.capture import Forms, capture, decide_forms, rows_of
 from infl_cache.maths.curvature import Curvature, Spectrum, spectrum_of
-from infl_cache.maths.curvature.jacobian import forms_for_products, of_gradients
 from infl_cache.maths.ekfac import sides_with_bases
-from infl_cache.maths.gram import gram
 from infl_cache.maths.probe import probe_batch
 from infl_cache.maths.samples import groups_among, spread
 from infl_cache.maths.solvers import make_solver
 from infl_cache.maths.solvers.base import State
 from infl_cache.stages.grads import CHECKED_SAMPLES, rows_at_once
 from infl_cache.stages.opening import Opened, stored_dtype
+from infl_cache.stages.plan import pieces
 from infl_cache.stages.plan.costs import PCG_SHARE, Costs, Iterations, Sizes
 from infl_cache.stages.spectrum import auto_damping
+from infl_cache.stages.stest import columns_of
 from infl_cache.stages.system import OUTPUTS_A_SIDE, curvature_kind, curvature_samples, damped_curvature, solve_dtype
 
-# Training and test samples of the trial, and the seconds that a trial solve may take.
-TRAIN, TESTS, SECONDS = 512, 8, 4.0
-PAIRS = 64
-# Bytes of the nine numbers that are kept beside a row of s_test.
-BESIDE = 72
+# Training samples of a trial solve, and of the look that says how many a moment allows.
+TRAIN, FIRST = 512, 8
+# Seconds that the rows of the trial, its Lanczos steps, and its iterations may take.
+CAPTURE_SECONDS, SPECTRUM_SECONDS, SOLVE_SECONDS = 0.5, 0.7, 1.2
+# Samples that the forms of a trial are proved on: the stage proves them on more.
+PROVED = 2
 
 
 @dataclass(frozen=True)
 class Tried:
-    """What was found: seconds of the pieces, iterations, the spectrum, the damping, bytes of a row of s_test."""
+    """What was found: seconds, iterations, spectrum, damping; bytes of a row of s_test, and seconds to read it."""
 
     costs: Costs
     needed: Iterations
     spectrum: Spectrum
     damping: float
     bytes_a_test: float
+    load: float
 
 
 class _Enough(Exception):
@@ -55,7 +57,8 @@ class _Watch:
     """A keeper that keeps nothing: it counts iterations and stops a trial that takes too long."""
 
     def __init__(self) -> None:
-        self.until, self.state, self.count = time.perf_counter() + SECONDS, {}, 0  # type: ignore[var-annotated]
+        self.until, self.count = time.perf_counter() + SOLVE_SECONDS, 0
+        self.state: State = {}
 
     def found(self) -> State | None:
         """Nothing."""
@@ -68,31 +71,38 @@ class _Watch:
             raise _Enough
 
 
-def tried(run: Opened, stored: Forms, sizes: Sizes, read: float, tests: Sequence[int]) -> Tried:
-    """Time the pieces of stage 2 on a few samples and solve for a few test samples."""
-    run = _without_grads(run)
-    started = time.perf_counter()
+def tried(run: Opened, stored: Forms, sizes: Sizes, start: float, read: float, tests: Sequence[int]) -> Tried:
+    """Time the pieces of stage 2 on a few samples and solve for a few test samples; `start` goes before all of it."""
+    asked, run = run.options.stest, _without_grads(run)
     explained = replace(run.task, train=run.task.test, loss=run.task.measure or run.task.loss, measure=None)
-    first = probe_batch(explained, range(min(CHECKED_SAMPLES, len(run.task.test))), run.device)
+    first = probe_batch(explained, range(min(PROVED, len(run.task.test))), run.device)
     forms, _ = decide_forms(explained, run.parameters, first, "dense", rows_at_once(run))
-    start = time.perf_counter() - started
-    rhs, side = _sides_of(run, forms, [tests[place] for place in spread(len(tests), TESTS)])
-    rows = curvature_samples(run, TRAIN)
-    operator = damped_curvature(run, forms, sizes.together, 0.0, rows, tick=run.check, note=lambda text: None)
-    operator, capture_seconds, row_bytes = _rows_or_not(operator, sizes)
-    product, vector = _products(operator, rhs, len(rows), sizes.together)
-    flat = replace(operator, damping=-run.task.weight_decay)
-    started = time.perf_counter()
-    spectrum = spectrum_of(flat, run.parameters.size, rhs[:0])
-    damping = run.options.stest.damping
+    count = max(1, min(sizes.together, len(tests), pieces.VECTORS))
+    rhs, side = _sides_of(run, forms, [tests[place] for place in spread(len(tests), count)])
+    operator, costs = _system(run, forms, sizes)
+    vectors = rhs[torch.arange(min(sizes.together, pieces.VECTORS)) % len(rhs)]
+    product, vector = pieces.products(operator, vectors)
+    spectrum = _spectrum(operator, run, rhs)
+    damping = asked.damping
     damping = auto_damping(spectrum, run.task.weight_decay) if damping == "auto" else damping
-    start += (time.perf_counter() - started) * min(sizes.n_train, 4096) / len(rows)
     needed, value = _solved(run, replace(operator, damping=damping), rhs, spectrum)
-    costs = Costs(
-        start, side, capture_seconds, product, vector, _pair(run, stored), read, _operation(), row_bytes,
-        tuple(length for pair in sides_with_bases(forms).values() for length in pair),
+    kept = _kept(run, value)
+    pair, single, single_vector, stored_bytes = pieces.inner_products(
+        run, stored, len(vectors), asked.solver == "fisher"
+    )
+    multiplied, divided = pieces.operations(run.device)
+    by_cg, by_pcg = pieces.algebra(vectors)
+    costs = replace(
+        costs, start=start, side=side, commit=kept.encode_seconds + kept.write_seconds + kept.commit_seconds,
+        product=product, vector=vector, read=read, pair=pair, single=single, single_vector=single_vector,
+        stored_bytes=stored_bytes, operation=multiplied, division=divided, cg=by_cg, pcg=by_pcg,
+        square=pieces.square(run.parameters.size, rhs, max(1, run.budget // 16 // (rhs[0].nbytes))),
+        sides=tuple(length for pair in sides_with_bases(forms).values() for length in pair),
     )  # fmt: skip
-    return Tried(costs, needed, spectrum, damping, _bytes_a_test(run, value))
+    if asked.solver == "ekfac" or (asked.solver == "pcg" and asked.preconditioner == "ekfac"):
+        eigen, moments = pieces.fitting(operator)
+        costs = replace(costs, eigen=eigen, moments=moments)
+    return Tried(costs, needed, spectrum, damping, kept.n_bytes / len(value), kept.read_seconds / len(value))
 
 
 def _without_grads(run: Opened) -> Opened:
@@ -112,39 +122,54 @@ def _sides_of(run: Opened, forms: Forms, tests: Sequence[int]) -> tuple[Tensor, 
     for group in groups_among(tests, size):
         found = capture(run.task, forms, probe_batch(run.task, group, run.device, "test"), measure=True)
         parts.append(rows_of(forms, found.factors, found.dense))
-    _wait(run.device)
-    return torch.cat(parts).to(solve_dtype(run)), (time.perf_counter() - started) / len(tests)
+    rhs = torch.cat(parts).to(solve_dtype(run))
+    if run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)
+    return rhs, (time.perf_counter() - started) / len(tests)
 
 
-def _rows_or_not(operator: Curvature, sizes: Sizes) -> tuple[Curvature, float, int]:
-    """The operator as the whole stage would have it, seconds to capture a sample's rows, and their bytes."""
+def _system(run: Opened, forms: Forms, sizes: Sizes) -> tuple[Curvature, Costs]:
+    """The operator over as many training samples as a moment allows, made as in the stage; what its pieces take."""
+
+    def over(count: int) -> Curvature:
+        rows = curvature_samples(run, count)
+        return damped_curvature(run, forms, sizes.together, 0.0, rows, tick=run.check, note=lambda text: None)
+
+    operator = over(FIRST)
+    one = torch.ones(1, run.parameters.size, dtype=operator.dtype, device=run.device)
+    costs = Costs()
+    if operator.kind != "fisher":
+        each = pieces.twice(operator, one.expand(3, -1))
+        costs = replace(costs, twice=each[0], twice_vector=each[1])
     if operator.rows is None:
-        return operator, 0.0, 0
+        count = int(CAPTURE_SECONDS / max(1e-9, costs.twice + costs.twice_vector))
+        return over(min(TRAIN, max(FIRST, count))), costs
+    outputs, _ = _captured(operator)
+    costs = replace(costs, row_bytes=operator.rows.row_bytes, outputs=outputs)
+    if not costs.kept(sizes) and outputs > OUTPUTS_A_SIDE * sizes.together:
+        return replace(operator, rows=None), replace(costs, row_bytes=0)
+    room = sizes.budget // 3 // max(1, costs.row_bytes)
+    quick = CAPTURE_SECONDS / max(1e-9, _captured(operator)[1])
+    operator = over(max(FIRST, int(min(TRAIN, room, quick))))
+    return operator, replace(costs, capture=_captured(operator)[1])
+
+
+def _captured(operator: Curvature) -> tuple[int, float]:
+    """Rows of a sample's Jacobian, and seconds of a sample to have them, unless they are there."""
+    assert operator.rows is not None
     started, outputs = time.perf_counter(), 1
     for jacobian in operator.rows.passes():
         outputs = jacobian.dense.shape[1]
-    seconds = (time.perf_counter() - started) / operator.n_train
-    row_bytes = operator.rows.row_bytes
-    fits = sizes.n_train * row_bytes <= sizes.budget // 3
-    if not fits and operator.kind == "ggn" and outputs > OUTPUTS_A_SIDE * sizes.together:
-        return replace(operator, rows=None), 0.0, 0
-    return operator, seconds, row_bytes
+    return outputs, (time.perf_counter() - started) / operator.n_train
 
 
-def _products(operator: Curvature, rhs: Tensor, n: int, together: int) -> tuple[float, float]:
-    """Seconds of a training sample in a product, and for each vector in it: from products of one and of several."""
-    few = rhs[torch.arange(min(together, 16)) % len(rhs)]
-    seconds = []
-    for vectors in (rhs[:1], few):
-        operator(vectors)
-        started = time.perf_counter()
-        operator(vectors)
-        _wait(rhs.device)
-        seconds.append((time.perf_counter() - started) / n)
-    if len(few) == 1:
-        return 0.0, seconds[0]
-    each = max(0.0, seconds[1] - seconds[0]) / (len(few) - 1)
-    return max(0.0, seconds[0] - each), each
+def _spectrum(operator: Curvature, run: Opened, rhs: Tensor) -> Spectrum:
+    """Lanczos steps for a moment: what they find of the ends is less the fewer there are."""
+    flat = replace(operator, damping=-run.task.weight_decay)
+    started = time.perf_counter()
+    flat(rhs[:1])
+    steps = int(SPECTRUM_SECONDS / max(1e-6, time.perf_counter() - started))
+    return spectrum_of(flat, run.parameters.size, rhs[:0], max(4, min(24, steps)))
 
 
 def _solved(run: Opened, operator: Curvature, rhs: Tensor, spectrum: Spectrum) -> tuple[Iterations, Tensor]:
@@ -154,60 +179,37 @@ def _solved(run: Opened, operator: Curvature, rhs: Tensor, spectrum: Spectrum) -
     options = replace(options, solver=by, preconditioner="none" if by == "pcg" else options.preconditioner)
     watch, solver = _Watch(), make_solver(options, run.budget, spectrum)
     where = f"{by}, a trial on {operator.n_train:,} training and {len(rhs)} test samples"
+    # The arithmetic of `costs` takes this share away again.
+    share, most = PCG_SHARE if by == "pcg" else 1.0, float(options.max_iterations)
     try:
         found = solver.prepare(operator)(rhs, watch)
     except _Enough:
         value = watch.state["value"].clone()
         if "x" in watch.state:  # of cg, where the rows that are still going are held apart
             value[watch.state["active"]] = watch.state["x"]
-        return _extrapolated(watch, rhs, 1e-4 if options.tolerance is None else options.tolerance, by, where), value
-    steps = found.iterations.double()
-    share = PCG_SHARE if by == "pcg" else 1.0  # which the arithmetic of `costs` takes away again
-    return Iterations(float(steps.mean()) / share, float(steps.max()) / share, where), found.value
+        steps = min(most, _extrapolated(watch, rhs, 1e-4 if options.tolerance is None else options.tolerance))
+        return Iterations(steps / share, steps / share, where + ", stopped early"), value
+    taken = found.iterations.double()
+    return Iterations(float(taken.mean()) / share, float(taken.max()) / share, where), found.value
 
 
-def _extrapolated(watch: _Watch, rhs: Tensor, tolerance: float, by: str, where: str) -> Iterations:
+def _extrapolated(watch: _Watch, rhs: Tensor, tolerance: float) -> float:
     """Iterations of a solve that had no time: as its residuals fell so far, they are thought to go on falling."""
-    squared, share = watch.state.get("squared"), PCG_SHARE if by == "pcg" else 1.0
-    if squared is None or not len(squared):
-        return Iterations(watch.count / share, watch.count / share, where)
-    left = float((squared.double().sqrt().cpu() / rhs.double().norm(dim=1).cpu()[watch.state["active"].cpu()]).median())
-    steps = watch.count * max(1.0, min(20.0, math.log(tolerance) / min(-1e-9, math.log(max(left, 1e-30)))))
-    return Iterations(steps, steps, where + ", stopped early")
+    size = rhs.double().norm(dim=1)
+    if "residual" in watch.state and len(watch.state["residual"].shape) == 2:  # of pcg
+        left = float((watch.state["residual"].double().norm(dim=1) / size[: len(watch.state["residual"])]).median())
+    elif "squared" in watch.state and len(watch.state["squared"]):
+        left = float((watch.state["squared"].double().sqrt().to(size) / size[watch.state["active"]]).median())
+    else:
+        return float(watch.count)
+    return watch.count * max(1.0, min(20.0, math.log(tolerance) / min(-1e-9, math.log(max(left, 1e-30)))))
 
 
-def _pair(run: Opened, stored: Forms) -> float:
-    """Seconds of an inner product of two stored gradients."""
-    forms = forms_for_products(stored, 1, stored.factored)
-    count = stored.at_once(min(PAIRS, 4 * rows_at_once(run)))
-    batch = probe_batch(run.task, spread(len(run.task.train), count), run.device)
-    found = capture(run.task, stored, batch)
-    factors = {k: (a.double() if a.is_floating_point() else a, g.double()) for k, (a, g) in found.factors.items()}
-    jacobian = of_gradients(stored, forms, factors, found.dense.double())
-    gram(forms, jacobian, jacobian)
-    started = time.perf_counter()
-    gram(forms, jacobian, jacobian)
-    _wait(run.device)
-    return (time.perf_counter() - started) / len(batch.indices) ** 2
-
-
-def _operation(size: int = 512) -> float:
-    """Seconds of one of the n^3 / 3 operations of a Cholesky factorisation."""
-    matrix = torch.eye(size, dtype=torch.float64) * size
-    torch.linalg.cholesky(matrix)
-    started = time.perf_counter()
-    torch.linalg.cholesky(matrix)
-    return (time.perf_counter() - started) / (size**3 / 3)
-
-
-def _bytes_a_test(run: Opened, value: Tensor) -> float:
-    """Bytes of a row of s_test on the disk, with what is kept beside it."""
+def _kept(run: Opened, value: Tensor) -> Trial:
+    """A block of s_test on the disk, with what is kept beside it."""
     rows = value.detach().cpu().to(getattr(torch, stored_dtype(run.parameters, run.task))).numpy()
-    layout = array_layout("s_test", len(rows), rows.shape[1:], str(rows.dtype), len(rows))
-    trial = try_store(run.folder.path, [layout], Codec("lz4", 5), {"s_test": rows})
-    return trial.n_bytes / len(rows) + BESIDE
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    arrays = [array_layout(path, len(rows), shape, kind, len(rows), fill=-1 if path == "index" else 0)
+              for path, shape, kind in columns_of(run.parameters.size, str(rows.dtype))]  # fmt: skip
+    data = {layout.path: rows.astype(layout.dtype) if layout.path == "s_test" else rows[:, 0].astype(layout.dtype)
+            for layout in arrays}  # fmt: skip
+    return try_store(run.folder.path, arrays, Codec("lz4", 5), data)

@@ -36,9 +36,9 @@ def test_the_bytes_of_every_stage_are_those_that_are_written(planned):
     assert plan.grads.n_bytes == pytest.approx(results["grads"].n_bytes, rel=0.05)
     assert plan.stest.n_bytes == pytest.approx(results["stest"].n_bytes, rel=0.05)
     assert plan.influence.matrix_bytes == (run.path / "influence.npy").stat().st_size
-    assert plan.influence.ranking_bytes == pytest.approx((run.path / "rankings.npz").stat().st_size, rel=0.5)
+    assert plan.influence.ranking_bytes == pytest.approx((run.path / "rankings.npz").stat().st_size, rel=0.05)
     again = run.plan(matrix=False)
-    assert again.influence.n_bytes == plan.influence.ranking_bytes
+    assert again.influence.n_bytes == plan.influence.ranking_bytes + again.influence.state_bytes
     assert again.to_write < 0.5 * plan.to_write
 
 
@@ -75,7 +75,7 @@ def test_on_paper_a_real_model_and_one_without_weights_cost_the_same_operations(
         device="h100", disk="7GB/s"
     )
     assert real.grads.layers == bare.grads.layers == here.grads.layers
-    assert real.influence.score == bare.influence.score
+    assert real.influence.scoring.score == bare.influence.scoring.score
     assert real.stest.costs.vector == bare.stest.costs.vector
     assert real.grads.bytes_a_sample == pytest.approx(here.grads.bytes_a_sample, rel=0.01)
     assert bare.grads.bytes_a_sample == 4 * (174 + 33 + 112) + 24
@@ -142,7 +142,7 @@ def test_what_fits_when_compressed_is_begun(tmp_path, monkeypatch):
     assert Run(tmp_path / "run", flat, **QUIET).grads().computed == 40
 
 
-COSTS = Costs(0.0, 0.0, 2.0, 3.0, 5.0, 0.0, 0.0, 0.0, 8, ())
+COSTS = Costs(capture=2.0, product=3.0, vector=5.0, row_bytes=8)
 
 
 @pytest.mark.parametrize(("budget", "captures"), [(10**6, 1), (30, 22)])
