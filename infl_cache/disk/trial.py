@@ -25,12 +25,13 @@ from infl_cache.disk.store import ENCODERS, Array, Store, create_store
 
 @dataclass(frozen=True)
 class Trial:
-    """Bytes on the disk; seconds to make an empty store, to encode a block, to write and sync it, to commit it, and to
-    read it (from the page cache).
+    """Bytes on the disk; seconds to make an empty store, to open it and read a column, to encode a block, to write and
+    sync it, to commit it, and to read it (from the page cache).
     """
 
     n_bytes: int
     create_seconds: float
+    look_seconds: float
     encode_seconds: float
     write_seconds: float
     commit_seconds: float
@@ -53,14 +54,16 @@ def try_store(near: Path, layouts: Iterable[ArrayLayout], codec: Codec, data: Ma
         files = store.write_encoded(chunks)
         written = time.perf_counter()
         committed = _commit(Path(folder), block, files)
+        look = time.perf_counter()
+        Store(store.folder, layouts).read_block(block, [layouts[-1].path])
+        looked = time.perf_counter() - look
         record = BlockRecord("trial", 0, 0, block.rows, "", 0, (), 0.0, 0.0, files)
         with closing(BlockReader(store, codec, {0: record})) as reader:
             again = time.perf_counter()
             reader.read(block, data)
             read = time.perf_counter()
-    return Trial(
-        sum(file.size for file in files), created - begun, encoded - started, written - encoded, committed, read - again
-    )
+    size = sum(file.size for file in files)
+    return Trial(size, created - begun, looked, encoded - started, written - encoded, committed, read - again)
 
 
 def try_codec(layouts: Iterable[ArrayLayout], codec: Codec, data: Mapping[str, Array]) -> tuple[int, float, float]:

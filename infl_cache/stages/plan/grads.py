@@ -20,6 +20,8 @@ from infl_cache.stages.grads import bytes_a_number
 from infl_cache.stages.opening import Opened
 from infl_cache.stages.stored import arrays_of, layouts
 
+# Looks into a store, and facts that are made to last, of each stage besides its blocks and tiles: as counted in a run.
+SETTLED = {"grads": (2, 4), "stest": (5, 6), "influence": (16, 8)}
 TRIAL_BATCHES = 4
 TRIAL_BYTES = 64 * 2**20
 # What each other element type and codec is tried on.
@@ -102,6 +104,11 @@ class GradsPlan:
     def n_bytes(self) -> float:
         """Size of the store."""
         return self.bytes_a_sample * self.n_train
+
+
+def settled(trial: Trial, looks: int, facts: int) -> float:
+    """Seconds of a new store, of so many looks into one and of so many small facts that are made to last."""
+    return trial.create_seconds + looks * trial.look_seconds + facts * trial.commit_seconds
 
 
 def measured(run: Opened, forms: Forms, batch_size: int, dtype: str) -> tuple[float, int, Trial]:

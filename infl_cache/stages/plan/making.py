@@ -21,7 +21,7 @@ from infl_cache.progress import progress
 from infl_cache.stages.grads import bytes_a_number, planned
 from infl_cache.stages.opening import Opened, looked_at, options_identity, stored_dtype
 from infl_cache.stages.plan.asked import PlanOptions
-from infl_cache.stages.plan.grads import GradsPlan, measured, planned_layers, store_choices
+from infl_cache.stages.plan.grads import SETTLED, GradsPlan, measured, planned_layers, settled, store_choices
 from infl_cache.stages.plan.influence import (
     InfluencePlan,
     classes_among,
@@ -71,7 +71,9 @@ def _measured(run: Opened, asked: PlanOptions, free: int) -> tuple[Plan, tuple[F
         stest, found = _stest(run, forms, (n_train, n_test), (grads.start, read), tests)
         bar.advance(2)
         influence = _influence(run, forms, grads, (n_train, n_test), tests)
-        influence = replace(influence, read=read, scoring=replace(influence.scoring, load=found.load))
+        start = influence.start + settled(replace(found.kept, create_seconds=0.0), *SETTLED["influence"])
+        load = found.kept.read_seconds / found.rows
+        influence = replace(influence, read=read, start=start, scoring=replace(influence.scoring, load=load))
         bar.advance(1)
     grads = replace(grads, passes=influence.passes)
     where = f"this machine ({run.device})"
@@ -102,8 +104,8 @@ def _grads(run: Opened, n_train: int) -> tuple[GradsPlan, Forms]:
     return GradsPlan(
         tuple(planned_layers(forms)), n_train, run.parameters.size, found["batch_size"], block_rows, rate,
         rows / trial.encode_seconds, rows / trial.write_seconds, rows / trial.read_seconds, trial.n_bytes / rows, 1,
-        found.get("rounding"), tuple(notes), options.cache, dtype, options.codec, start + trial.create_seconds,
-        trial.commit_seconds, 3.0 * block_rows * row_bytes + run.budget / 4, choices,
+        found.get("rounding"), tuple(notes), options.cache, dtype, options.codec,
+        start + settled(trial, *SETTLED["grads"]), trial.commit_seconds, 3.0 * block_rows * row_bytes + run.budget / 4, choices,
     ), forms  # fmt: skip
 
 
@@ -119,7 +121,7 @@ def _stest(
     start = seconds[0] + compared(run, "train", counts[0])
     found = tried(run, forms, sizes, start, seconds[1], tests)
     return plan_stest(options, found.costs, sizes, found.needed, found.spectrum.largest, found.damping,
-                      found.bytes_a_test), found  # fmt: skip
+                      found.kept.n_bytes / found.rows), found  # fmt: skip
 
 
 def _influence(

@@ -14,7 +14,7 @@ from infl_cache.maths.curvature.jacobian import forms_for_products, of_gradients
 from infl_cache.maths.curvature.jacobian import product as product_of_rows
 from infl_cache.maths.curvature.products import batch_product
 from infl_cache.maths.digest import sample_digest
-from infl_cache.maths.ekfac import fit
+from infl_cache.maths.ekfac import EKFAC, fit
 from infl_cache.maths.gram import gram
 from infl_cache.maths.probe import probe_batch
 from infl_cache.maths.samples import fetch, spread
@@ -74,18 +74,22 @@ def square(size: int, like: Tensor, most: int) -> float:
     return clocked(lambda: orthonormal(rows), like.device) / count**2
 
 
-def fitting(operator: Curvature) -> tuple[float, float]:
-    """Seconds of EK-FAC's bases, and of a training sample in its two passes over rows that are in memory."""
+def fitting(operator: Curvature) -> tuple[float, float, EKFAC]:
+    """Seconds of EK-FAC's bases, and of a training sample in its two passes over rows in memory; and one of a few."""
     rows = operator.fit_rows()
     batch = next(iter(rows.passes()))
-    few = []
+    few, made = [], []
     for count in (max(1, min(FITTED, batch.size) // 4), min(FITTED, batch.size)):
         hessian = None if batch.hessian is None else batch.hessian[:count]
         factors = {key: (a[:count], g[:count]) for key, (a, g) in batch.factors.items()}
         part = replace(batch, factors=factors, dense=batch.dense[:count], hessian=hessian)
         only = Rows(rows.forms, lambda part=part: [part], rows.row_bytes)  # type: ignore[misc]
-        few.append((count, clocked(lambda only=only, count=count: fit(only, count), batch.dense.device)))  # type: ignore[misc]
-    return line(few[0], few[1])
+
+        def fitted(only: Rows = only, count: int = count) -> None:
+            made.append(fit(only, count))
+
+        few.append((count, clocked(fitted, batch.dense.device)))
+    return *line(few[0], few[1]), made[-1]
 
 
 def inner_products(run: Opened, stored: Forms, vectors: int, many: bool) -> tuple[float, float, float, int]:

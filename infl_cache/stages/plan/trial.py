@@ -25,6 +25,7 @@ from infl_cache.stages.grads import CHECKED_SAMPLES, rows_at_once
 from infl_cache.stages.opening import Opened, stored_dtype
 from infl_cache.stages.plan import pieces
 from infl_cache.stages.plan.costs import PCG_SHARE, Costs, Iterations, Sizes
+from infl_cache.stages.plan.grads import SETTLED, settled
 from infl_cache.stages.spectrum import auto_damping
 from infl_cache.stages.stest import columns_of
 from infl_cache.stages.system import OUTPUTS_A_SIDE, curvature_kind, curvature_samples, damped_curvature, solve_dtype
@@ -32,21 +33,21 @@ from infl_cache.stages.system import OUTPUTS_A_SIDE, curvature_kind, curvature_s
 # Training samples of a trial solve, and of the look that says how many a moment allows.
 TRAIN, FIRST = 512, 8
 # Seconds that the rows of the trial, its Lanczos steps, and its iterations may take.
-CAPTURE_SECONDS, SPECTRUM_SECONDS, SOLVE_SECONDS = 0.5, 0.7, 1.2
+CAPTURE_SECONDS, SPECTRUM_SECONDS, SOLVE_SECONDS = 0.4, 0.5, 0.8
 # Samples that the forms of a trial are proved on: the stage proves them on more.
 PROVED = 2
 
 
 @dataclass(frozen=True)
 class Tried:
-    """What was found: seconds, iterations, spectrum, damping; bytes of a row of s_test, and seconds to read it."""
+    """What was found: seconds, iterations, spectrum, damping; what so many rows of s_test are on the disk."""
 
     costs: Costs
     needed: Iterations
     spectrum: Spectrum
     damping: float
-    bytes_a_test: float
-    load: float
+    kept: Trial
+    rows: int
 
 
 class _Enough(Exception):
@@ -86,23 +87,25 @@ def tried(run: Opened, stored: Forms, sizes: Sizes, start: float, read: float, t
     damping = asked.damping
     damping = auto_damping(spectrum, run.task.weight_decay) if damping == "auto" else damping
     needed, value = _solved(run, replace(operator, damping=damping), rhs, spectrum)
-    kept = _kept(run, value)
+    if asked.solver == "ekfac" or (asked.solver == "pcg" and asked.preconditioner == "ekfac"):
+        eigen, moments, inverse = pieces.fitting(operator)
+        costs = replace(costs, eigen=eigen, moments=moments)
+        value = inverse.solve(rhs, damping + run.task.weight_decay) if asked.solver == "ekfac" else value
+    kept = _kept(run, rhs if asked.solver == "identity" else value)
     pair, single, single_vector, stored_bytes = pieces.inner_products(
         run, stored, len(vectors), asked.solver == "fisher"
     )
     multiplied, divided = pieces.operations(run.device)
     by_cg, by_pcg = pieces.algebra(vectors)
     costs = replace(
-        costs, start=start, side=side, commit=kept.encode_seconds + kept.write_seconds + kept.commit_seconds,
-        product=product, vector=vector, read=read, pair=pair, single=single, single_vector=single_vector,
-        stored_bytes=stored_bytes, operation=multiplied, division=divided, cg=by_cg, pcg=by_pcg,
-        square=pieces.square(run.parameters.size, rhs, max(1, run.budget // 16 // (rhs[0].nbytes))),
+        costs, start=start + settled(kept, *SETTLED["stest"]), side=side,
+        commit=kept.encode_seconds + kept.write_seconds + kept.commit_seconds, product=product, vector=vector,
+        read=read, pair=pair, single=single, single_vector=single_vector, stored_bytes=stored_bytes,
+        operation=multiplied, division=divided, cg=by_cg, pcg=by_pcg,
+        square=pieces.square(run.parameters.size, rhs, max(1, run.budget // 16 // rhs[0].nbytes)),
         sides=tuple(length for pair in sides_with_bases(forms).values() for length in pair),
     )  # fmt: skip
-    if asked.solver == "ekfac" or (asked.solver == "pcg" and asked.preconditioner == "ekfac"):
-        eigen, moments = pieces.fitting(operator)
-        costs = replace(costs, eigen=eigen, moments=moments)
-    return Tried(costs, needed, spectrum, damping, kept.n_bytes / len(value), kept.read_seconds / len(value))
+    return Tried(costs, needed, spectrum, damping, kept, len(value))
 
 
 def _without_grads(run: Opened) -> Opened:
