@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from infl_cache.maths.solvers import LARGEST_RANK, PRODUCTS_WORTH
 from infl_cache.maths.solvers.exact import COLUMNS, MAX_PARAMETERS
 from infl_cache.maths.solvers.lissa import FIRST_BATCH
+from infl_cache.maths.solvers.pcg import HISTORY
 from infl_cache.maths.tiled import tile_side
-from infl_cache.stages.solving import PRECONDITIONER_SAMPLES
+from infl_cache.stages.solving import PRECONDITIONER_SAMPLES, VECTORS_A_SIDE
 from infl_cache.stages.spectrum import SPECTRUM_SAMPLES
-from infl_cache.stages.system import OUTPUTS_A_SIDE
+from infl_cache.stages.system import OUTPUTS_A_SIDE, ROWS_WORKING_SET
 
 # Products with the curvature that block cg takes for each of cg's, with a preconditioner: README, "How fast stage 2
 # is": 816 of 2,936 and 924 of 4,165.
@@ -23,6 +24,10 @@ EIGH = 9
 # EK-FAC's second moments and squares cost a sample about as much as so many vectors in a product, where they were not
 # timed.
 EKFAC_VECTORS = 8
+# Matrices at once in an eigendecomposition, and copies of the basis while it is made.
+EIGH_COPIES, BASIS_COPIES = 3, 4
+# Bytes of threads, of buffers, of what an allocator keeps.
+FIXED = 30e6
 # How often the rows of a Nystrom approximation are multiplied with each other as in making them orthonormal.
 ORTHONORMAL = 3
 
@@ -140,15 +145,18 @@ def bound(largest: float, shift: float, tolerance: float) -> float:
 def solver_choice(name: str, costs: Costs, sizes: Sizes, needed: Iterations, depth: float) -> Choice:
     """What the solver of that name takes; `depth` are the steps of lissa, NaN where nobody knows."""
     sides = costs.start + sizes.n_test * costs.side + sizes.blocks * costs.commit
-    held = min(sizes.n_train * costs.row_bytes, sizes.budget // 3)
-    vectors = 12 * sizes.together * sizes.n_params * sizes.itemsize
+    # The rows that are kept, and those of a batch on their way.
+    passing = min(sizes.n_train * costs.row_bytes, ROWS_WORKING_SET, sizes.budget // 4)
+    held = min(sizes.n_train * costs.row_bytes, sizes.budget // 3) + passing
+    vectors = VECTORS_A_SIDE * sizes.together * sizes.n_params * sizes.itemsize + FIXED
     if name == "identity":
         return Choice(name, sides, vectors)
     if name == "fisher":
         return _fisher(costs, sizes, sides + (costs.spectrum(sizes) if sizes.looks else 0.0), vectors)
     sides += costs.spectrum(sizes)
     if name == "ekfac":
-        return Choice(name, sides + _ekfac(costs, sizes) + _checked(costs, sizes), vectors + held)
+        seconds = sides + _ekfac(costs, sizes) + _checked(costs, sizes)
+        return Choice(name, seconds, vectors + held + passing + _bases(costs, sizes))
     if name == "exact":
         return _exact(costs, sizes, sides)
     if name == "lissa":
@@ -158,7 +166,11 @@ def solver_choice(name: str, costs: Costs, sizes: Sizes, needed: Iterations, dep
         return Choice(name, sides + iterated(costs, sizes, needed) + algebra, vectors + held)
     needed = Iterations(PCG_SHARE * needed.mean, PCG_SHARE * needed.longest, needed.known)
     algebra = sizes.n_test * (needed.mean + 1) * costs.pcg + _nystrom(costs, sizes)
-    return Choice(name, sides + iterated(costs, sizes, needed) + algebra, 3 * vectors + held)
+    # While the basis is made there are no right-hand sides; then it alone is left of that.
+    basis = _rank(sizes) * sizes.n_params * sizes.itemsize if sizes.nystrom else 0
+    searched = 2 * HISTORY * sizes.together * sizes.n_params * sizes.itemsize
+    memory = held + max(basis + vectors + searched, BASIS_COPIES * basis)
+    return Choice(name, sides + iterated(costs, sizes, needed) + algebra, memory)
 
 
 def iterated(costs: Costs, sizes: Sizes, needed: Iterations) -> float:
@@ -188,12 +200,23 @@ def _nystrom(costs: Costs, sizes: Sizes) -> float:
     if not sizes.nystrom:
         return 0.0
     n = min(sizes.n_train, PRECONDITIONER_SAMPLES)
-    rank = min(LARGEST_RANK, PRODUCTS_WORTH * sizes.n_train // n, sizes.n_params,
-               sizes.budget // 8 // (sizes.n_params * sizes.itemsize))  # fmt: skip
+    rank = _rank(sizes)
     captures = 1 if costs.kept(sizes, n) else 2
     return n * (captures * costs.capture + 2 * costs.product + 2 * rank * costs.vector) + (
         ORTHONORMAL * rank**2 * costs.square
     )
+
+
+def _rank(sizes: Sizes) -> int:
+    """Leading vectors of a Nystrom approximation: the rule of `make_solver`."""
+    worth = PRODUCTS_WORTH * sizes.n_train // min(sizes.n_train, PRECONDITIONER_SAMPLES)
+    return min(LARGEST_RANK, worth, sizes.n_params, sizes.budget // 8 // (sizes.n_params * sizes.itemsize))
+
+
+def _bases(costs: Costs, sizes: Sizes) -> float:
+    """Bytes of EK-FAC: moments and bases in float64, the widest of them being decomposed; values and their sums."""
+    squares = [float(side) ** 2 for side in costs.sides]
+    return 8 * (2 * sum(squares) + EIGH_COPIES * max(squares, default=0.0)) + 16.0 * sizes.n_params
 
 
 def _exact(costs: Costs, sizes: Sizes, sides: float) -> Choice:

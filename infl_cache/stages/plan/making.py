@@ -105,7 +105,8 @@ def _grads(run: Opened, n_train: int) -> tuple[GradsPlan, Forms]:
         tuple(planned_layers(forms)), n_train, run.parameters.size, found["batch_size"], block_rows, rate,
         rows / trial.encode_seconds, rows / trial.write_seconds, rows / trial.read_seconds, trial.n_bytes / rows, 1,
         found.get("rounding"), tuple(notes), options.cache, dtype, options.codec,
-        start + settled(trial, *SETTLED["grads"]), trial.commit_seconds, 3.0 * block_rows * row_bytes + run.budget / 4, choices,
+        start + settled(trial, *SETTLED["grads"]), trial.commit_seconds,
+        3.0 * block_rows * row_bytes + run.budget / 4, choices,
     ), forms  # fmt: skip
 
 
