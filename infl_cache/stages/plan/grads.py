@@ -13,11 +13,12 @@ from infl_cache.disk.codecs import Codec
 from infl_cache.disk.trial import Trial, try_codec, try_store
 from infl_cache.maths.capture import Forms, capture
 from infl_cache.maths.capture.cost import cost_of, scored
-from infl_cache.maths.probe import probe_batch
+from infl_cache.maths.probe import activation_bytes, probe_batch
 from infl_cache.maths.samples import groups_of, spread
 from infl_cache.stages.buffers import BlockBuffer
-from infl_cache.stages.grads import bytes_a_number
+from infl_cache.stages.grads import CHECKED_SAMPLES, bytes_a_number
 from infl_cache.stages.opening import Opened
+from infl_cache.stages.plan.costs import FIXED
 from infl_cache.stages.stored import arrays_of, layouts
 
 # Looks into a store, and facts that are made to last, of each stage besides its blocks and tiles: as counted in a run.
@@ -104,6 +105,16 @@ class GradsPlan:
     def n_bytes(self) -> float:
         """Size of the store."""
         return self.bytes_a_sample * self.n_train
+
+
+def held_by_grads(run: Opened, forms: Forms, batch_size: int, block_bytes: float) -> float:
+    """Bytes that stage 1 holds: blocks, activations and rows of a batch, plain rows of its first samples."""
+    few = range(min(8, len(run.task.train)))
+    kept = activation_bytes(run.task, run.parameters, probe_batch(run.task, few, run.device))
+    batch = batch_size * 4 * (kept + 4 * forms.row_size)
+    # Of the first samples alone, in their batch, and by autograd.
+    first = 3 * CHECKED_SAMPLES * 4 * run.parameters.size
+    return 3.0 * block_bytes + min(run.budget / 4, batch) + min(run.budget / 8, first) + FIXED
 
 
 def settled(trial: Trial, looks: int, facts: int) -> float:

@@ -13,6 +13,7 @@ from infl_cache.config import InfluenceOptions
 from infl_cache.disk.trial import try_matrix
 from infl_cache.maths import scores
 from infl_cache.maths.capture import Forms, capture
+from infl_cache.maths.capture.rules import RULES
 from infl_cache.maths.probe import probe_batch
 from infl_cache.maths.samples import spread
 from infl_cache.maths.task import targets_as_numbers
@@ -20,6 +21,7 @@ from infl_cache.stages.columns import classes_of
 from infl_cache.stages.influence import TILE_COLUMNS
 from infl_cache.stages.opening import Opened
 from infl_cache.stages.plan.clock import clocked, line, once
+from infl_cache.stages.plan.costs import FIXED
 from infl_cache.stages.rankings import ROOM
 from infl_cache.stages.standings import NO_CLASS, Standings, standing_bytes
 
@@ -30,8 +32,6 @@ HEADER = 128
 ARCHIVE = 4700
 # Test samples that classes are counted among.
 TARGETS = 256
-# Threads, buffers of the system, what an allocator keeps.
-FIXED = 30e6
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,19 @@ def columns_of_a_tile(block_rows: int) -> int:
     return block_rows * max(1, TILE_COLUMNS // block_rows)
 
 
-def held(budget: int, tile_rows: int, size: int, block_bytes: float, columns: int, standings: float) -> float:
+def temporaries(forms: Forms, tile_rows: int, rows: int, itemsize: int) -> float:
+    """Bytes that the products of `rows` gradients with a tile's test rows would take at once, had they no budget."""
+    found = 0
+    for layer in forms.factored:
+        to_build, to_contract = RULES[layer.rule].held(layer.input_shape, layer.grad_shape, layer.gradient_size)
+        found = max(found, to_build, tile_rows * (to_contract or 0))
+    return float(found * rows * itemsize)
+
+
+def held(room: float, tile_rows: int, size: int, block_bytes: float, columns: int, standings: float) -> float:
     """Bytes that stage 3 holds: a tile of s_test and its pieces, a block decoded and as read, products, rankings."""
     products = 8.0 * tile_rows * columns
-    return 3.0 * tile_rows * size * 4 + 3 * block_bytes + budget / 8 + products + 3 * standings + FIXED
+    return 3.0 * tile_rows * size * 4 + 3 * block_bytes + room + products + 3 * standings + FIXED
 
 
 def classes_among(run: Opened, tests: Sequence[int], n_train: int) -> int:

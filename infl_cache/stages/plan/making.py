@@ -21,7 +21,15 @@ from infl_cache.progress import progress
 from infl_cache.stages.grads import bytes_a_number, planned
 from infl_cache.stages.opening import Opened, looked_at, options_identity, stored_dtype
 from infl_cache.stages.plan.asked import PlanOptions
-from infl_cache.stages.plan.grads import SETTLED, GradsPlan, measured, planned_layers, settled, store_choices
+from infl_cache.stages.plan.grads import (
+    SETTLED,
+    GradsPlan,
+    held_by_grads,
+    measured,
+    planned_layers,
+    settled,
+    store_choices,
+)
 from infl_cache.stages.plan.influence import (
     InfluencePlan,
     classes_among,
@@ -29,6 +37,7 @@ from infl_cache.stages.plan.influence import (
     held,
     rows_of_a_tile,
     scoring,
+    temporaries,
 )
 from infl_cache.stages.plan.machines import MACHINES
 from infl_cache.stages.plan.pieces import compared
@@ -106,7 +115,7 @@ def _grads(run: Opened, n_train: int) -> tuple[GradsPlan, Forms]:
         rows / trial.encode_seconds, rows / trial.write_seconds, rows / trial.read_seconds, trial.n_bytes / rows, 1,
         found.get("rounding"), tuple(notes), options.cache, dtype, options.codec,
         start + settled(trial, *SETTLED["grads"]), trial.commit_seconds,
-        3.0 * block_rows * row_bytes + run.budget / 4, choices,
+        held_by_grads(run, forms, batch_size, block_rows * row_bytes), choices,
     ), forms  # fmt: skip
 
 
@@ -137,7 +146,8 @@ def _influence(
                          scoring(run, forms, tile, min(columns, counts[0])), start, 0.0)  # fmt: skip
     block_bytes = grads.block_rows * forms.row_size * itemsize
     wide = min(columns, counts[0])
-    return replace(made, memory=held(run.budget, tile, size, block_bytes, wide, made.state_bytes))
+    room = min(run.budget / 8, temporaries(forms, tile, grads.block_rows, itemsize))
+    return replace(made, memory=held(room, tile, size, block_bytes, wide, made.state_bytes))
 
 
 def _on_disk(here: Plan, rate: int) -> Plan:

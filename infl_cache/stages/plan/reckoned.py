@@ -25,7 +25,6 @@ from infl_cache.stages.plan.influence import (
     Scoring,
     columns_of_a_tile,
     held,
-    ranked,
     rows_of_a_tile,
 )
 from infl_cache.stages.plan.machines import EFFICIENCY, Machine
@@ -36,6 +35,8 @@ from infl_cache.stages.system import OUTPUTS_A_SIDE
 
 # Bytes a second of a disk, of compressing and of decompressing on all cores, where nothing was measured: guesses.
 DISK, ENCODE, DECODE = 3e9, 2e9, 4e9
+# Seconds of a pair in the rankings, which the host makes: a guess, on the high side.
+RANKED = 5e-8
 # Products a test sample that cg is thought to take, where nothing was solved: README, "Limits", says 40 to 70.
 PRODUCTS = 60
 # Vectors that an iteration of cg, and of pcg, reads and writes besides its products.
@@ -106,12 +107,11 @@ def _plan(
     block_rows = min(options.resources.block_rows or choose_block_rows(n_train, row_bytes, budget // 8), n_train)
     batch = options.resources.batch_size or min(256, block_rows)
     columns = columns_of_a_tile(block_rows)
-    ranking = ranked(options.influence.top_k, options.influence.top_k_train, min(tile, 64), 4096)
     product = (found.rebuild / machine.operations, found.score / machine.operations)
-    pieces = Scoring(*product, 4 * size / disk, 0.0, 1 / disk, *ranking)
+    pieces = Scoring(*product, 4 * size / disk, 0.0, 1 / disk, RANKED, RANKED)
     influence = InfluencePlan(n_train, n_test, tile, columns, options.influence, 0, read, pieces, 0.0, 0.0)
     influence = replace(influence, memory=held(
-        budget, tile, size, block_rows * row_bytes, min(columns, n_train), influence.state_bytes
+        budget / 8, tile, size, block_rows * row_bytes, min(columns, n_train), influence.state_bytes
     ))  # fmt: skip
     grads = GradsPlan(
         tuple(planned_layers(forms)), n_train, size, batch, block_rows, 1 / compute, math.inf, 1 / written, 1 / read,

@@ -147,12 +147,12 @@ def _system(run: Opened, forms: Forms, sizes: Sizes) -> tuple[Curvature, Costs]:
     if operator.rows is None:
         count = int(CAPTURE_SECONDS / max(1e-9, costs.twice + costs.twice_vector))
         return over(min(TRAIN, max(FIRST, count))), costs
-    outputs, _ = _captured(operator)
+    outputs, seconds = _captured(operator)
     costs = replace(costs, row_bytes=operator.rows.row_bytes, outputs=outputs)
     if not costs.kept(sizes) and outputs > OUTPUTS_A_SIDE * sizes.together:
         return replace(operator, rows=None), replace(costs, row_bytes=0)
     room = sizes.budget // 3 // max(1, costs.row_bytes)
-    quick = CAPTURE_SECONDS / max(1e-9, _captured(operator)[1])
+    quick = CAPTURE_SECONDS / max(1e-9, seconds)
     operator = over(max(FIRST, int(min(TRAIN, room, quick))))
     return operator, replace(costs, capture=_captured(operator)[1])
 
