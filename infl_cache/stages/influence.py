@@ -155,20 +155,30 @@ def _plan(run: Opened) -> dict[str, Any]:
 
 
 def _order(run: Opened, forms: Forms, stored: Mapping[str, ArrayLayout]) -> Order:
-    """In which order the stores are read; gradients that are not kept are made whole, for rows of s_test that stay."""
-    itemsize = np.dtype(solution_layout(run).dtype).itemsize
-    room = Room(run.budget // 4, run.budget // 8, product_dtype(run).itemsize)
+    """In which order the stores of this run are read."""
+    itemsize, number = np.dtype(solution_layout(run).dtype).itemsize, product_dtype(run).itemsize
+    counts, block_rows = (len(held_tests(run.folder)), len(run.task.train)), run.folder.plan("grads")["block_rows"]
+    staying = not run.options.grads.cache or bool(run.options.resources.tile_rows)
+    return order_for(counts, forms, stored, (itemsize, number), run.budget, block_rows, staying)
+
+
+def order_for(
+    counts: tuple[int, int], forms: Forms, stored: Mapping[str, ArrayLayout], itemsizes: tuple[int, int], budget: int,
+    block_rows: int, staying: bool,
+) -> Order:  # fmt: skip
+    """The order for (n_test, n_train) samples, s_test and sums of so many bytes a number.
+
+    Gradients that are not kept are made whole, for rows of s_test that stay (`staying`).
+    """
+    room = Room(budget // 4, budget // 8, itemsizes[1])
     found = []
     for part in units(forms):
         paths = wanted_arrays(stored, part)[0]
         n_bytes = sum(_row_bytes(stored[path]) for path in paths)
         cut = not part.names and any(stored[path].chunk_row_shape != stored[path].row_shape for path in paths)
-        found.append(Unit(part.size * itemsize, n_bytes, cut))
-    n_test, n_train = len(held_tests(run.folder)), len(run.task.train)
-    block_rows = run.folder.plan("grads")["block_rows"]
-    columns = min(n_train, max(1, TILE_COLUMNS // block_rows) * block_rows)
-    choose = best_order if run.options.grads.cache and not run.options.resources.tile_rows else order_of_rows
-    return choose(n_test, n_train, found, room, columns)
+        found.append(Unit(part.size * itemsizes[0], n_bytes, cut))
+    columns = min(counts[1], max(1, TILE_COLUMNS // block_rows) * block_rows)
+    return (order_of_rows if staying else best_order)(*counts, found, room, columns)
 
 
 def _row_bytes(layout: ArrayLayout) -> int:

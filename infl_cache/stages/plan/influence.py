@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from infl_cache.config import InfluenceOptions
+from infl_cache.config import InfluenceOptions, Options
 from infl_cache.disk.trial import try_matrix
 from infl_cache.maths import scores
 from infl_cache.maths.capture import Forms, capture
@@ -18,12 +18,13 @@ from infl_cache.maths.probe import probe_batch
 from infl_cache.maths.samples import spread
 from infl_cache.maths.task import targets_as_numbers
 from infl_cache.stages.columns import classes_of
-from infl_cache.stages.influence import TILE_COLUMNS
+from infl_cache.stages.influence import TILE_COLUMNS, order_for
 from infl_cache.stages.opening import Opened
 from infl_cache.stages.plan.clock import clocked, line, once
 from infl_cache.stages.plan.costs import FIXED
 from infl_cache.stages.rankings import ROOM
 from infl_cache.stages.standings import NO_CLASS, Standings, standing_bytes
+from infl_cache.stages.stored import layouts
 
 # Training samples of the trial product, numbers of its test rows, numbers of a tile that is written or ranked.
 SAMPLES, NUMBERS, TILE = 512, 2**25, 2**19
@@ -53,7 +54,8 @@ class Scoring:
 class InfluencePlan:
     """Stage 3 on paper, of `columns` training samples a tile, `classes` with rankings of their own.
 
-    `start` are the seconds before the first tile, `read` those of a training sample's gradient.
+    `start` are the seconds before the first tile, `read` those of a training sample's gradient. With `slab_bytes` the
+    tile stays in memory and both stores stream by.
     """
 
     n_train: int
@@ -65,7 +67,8 @@ class InfluencePlan:
     read: float
     scoring: Scoring
     start: float
-    memory: float
+    slab_bytes: int = 0
+    memory: float = 0.0
 
     @property
     def matrix(self) -> bool:
@@ -109,18 +112,24 @@ class InfluencePlan:
         kept = tiles * each.sync + 4 * pairs * each.write if self.matrix else self.state_bytes * each.write
         first = min(self.n_train, self.columns, TILE_COLUMNS)
         ranked = self.n_test * (first * each.rank + (self.n_train - first) * each.rank_on)
-        loaded = self.n_test * each.load + self.ranking_bytes * each.write
+        loads = -(-self.n_train // self.columns) if self.slab_bytes else 1
+        loaded = loads * self.n_test * each.load + self.ranking_bytes * each.write
         return self.start + passing + kept + ranked + loaded
 
 
-def rows_of_a_tile(asked: int | None, budget: int, size: int, itemsize: int, n_test: int) -> int:
-    """Test samples of a tile: the rule of stage 3, and nowhere else in the plan."""
-    return min(asked or max(1, budget // 4 // (size * itemsize)), n_test)
+def tile_of(
+    options: Options, forms: Forms, budget: int, counts: tuple[int, int], dtype: str, block_rows: int
+) -> tuple[int, int, int]:
+    """Test and training samples of a tile, and bytes of a slab of s_test: the order of stage 3, chosen as it does.
 
-
-def columns_of_a_tile(block_rows: int) -> int:
-    """Training samples of a tile."""
-    return block_rows * max(1, TILE_COLUMNS // block_rows)
+    `counts` are n_train and n_test, `dtype` is that of the stored gradients.
+    """
+    n_train, n_test = counts
+    stored = {each.path: each for each in layouts(forms, n_train, dtype, block_rows, options.grads.cache)}
+    itemsize, asked = 8 if dtype == "float64" else 4, options.resources.tile_rows
+    staying = not options.grads.cache or bool(asked)
+    order = order_for((n_test, n_train), forms, stored, (itemsize, itemsize), budget, block_rows, staying)
+    return min(asked or order.rows, n_test), -(-order.columns // block_rows) * block_rows, order.slab_bytes
 
 
 def temporaries(forms: Forms, tile_rows: int, rows: int, itemsize: int) -> float:
@@ -132,10 +141,11 @@ def temporaries(forms: Forms, tile_rows: int, rows: int, itemsize: int) -> float
     return float(found * rows * itemsize)
 
 
-def held(room: float, tile_rows: int, size: int, block_bytes: float, columns: int, standings: float) -> float:
-    """Bytes that stage 3 holds: a tile of s_test and its pieces, a block decoded and as read, products, rankings."""
-    products = 8.0 * tile_rows * columns
-    return 3.0 * tile_rows * size * 4 + 3 * block_bytes + room + products + 3 * standings + FIXED
+def held(made: InfluencePlan, room: float, row_bytes: int, block_bytes: float) -> float:
+    """Bytes that stage 3 holds: rows of s_test and their pieces, a block decoded and as read, products, rankings."""
+    s_test = 3.0 * min(made.tile_rows * row_bytes, made.slab_bytes or made.tile_rows * row_bytes)
+    sums = 8.0 * made.tile_rows * min(made.columns, made.n_train)
+    return s_test + 3 * block_bytes + room + sums + 3 * made.state_bytes + FIXED
 
 
 def classes_among(run: Opened, tests: Sequence[int], n_train: int) -> int:

@@ -33,11 +33,10 @@ from infl_cache.stages.plan.grads import (
 from infl_cache.stages.plan.influence import (
     InfluencePlan,
     classes_among,
-    columns_of_a_tile,
     held,
-    rows_of_a_tile,
     scoring,
     temporaries,
+    tile_of,
 )
 from infl_cache.stages.plan.machines import MACHINES
 from infl_cache.stages.plan.pieces import compared
@@ -138,16 +137,16 @@ def _influence(
     run: Opened, forms: Forms, grads: GradsPlan, counts: tuple[int, int], tests: Sequence[int]
 ) -> InfluencePlan:
     """Stage 3, its pieces timed."""
-    size, itemsize = run.parameters.size, 8 if grads.dtype == "float64" else 4
-    tile = rows_of_a_tile(run.options.resources.tile_rows, run.budget, size, itemsize, counts[1])
-    columns, classes = columns_of_a_tile(grads.block_rows), classes_among(run, tests, counts[0])
+    itemsize = 8 if grads.dtype == "float64" else 4
+    tile, columns, slab = tile_of(run.options, forms, run.budget, counts, grads.dtype, grads.block_rows)
     start = compared(run, "train", counts[0]) + compared(run, "test", counts[1])
-    made = InfluencePlan(*counts, tile, columns, run.options.influence, classes, 0.0,
-                         scoring(run, forms, tile, min(columns, counts[0])), start, 0.0)  # fmt: skip
-    block_bytes = grads.block_rows * forms.row_size * itemsize
-    wide = min(columns, counts[0])
+    made = InfluencePlan(
+        *counts, tile, columns, run.options.influence, classes_among(run, tests, counts[0]), 0.0,
+        scoring(run, forms, tile, min(columns, counts[0])), start, slab,
+    )  # fmt: skip
     room = min(run.budget / 8, temporaries(forms, tile, grads.block_rows, itemsize))
-    return replace(made, memory=held(room, tile, size, block_bytes, wide, made.state_bytes))
+    block_bytes = grads.block_rows * forms.row_size * itemsize
+    return replace(made, memory=held(made, room, run.parameters.size * itemsize, block_bytes))
 
 
 def _on_disk(here: Plan, rate: int) -> Plan:

@@ -23,9 +23,8 @@ from infl_cache.stages.plan.grads import GradsPlan, planned_layers
 from infl_cache.stages.plan.influence import (
     InfluencePlan,
     Scoring,
-    columns_of_a_tile,
     held,
-    rows_of_a_tile,
+    tile_of,
 )
 from infl_cache.stages.plan.machines import EFFICIENCY, Machine
 from infl_cache.stages.plan.stest import plan_stest, sizes_of
@@ -96,7 +95,6 @@ def _plan(
     size, budget = parameters.size, min(options.resources.memory or 10**18, int(machine.memory) // 2)
     dtype = stored_dtype(parameters, task, options.grads.dtype)
     disk, row_bytes = asked.disk or DISK, forms.row_size * BYTES[dtype]
-    tile = rows_of_a_tile(options.resources.tile_rows, budget, size, 4, n_test)
     passing = (found.forward + found.backward + found.build) / machine.operations
     cache = options.grads.cache
     stored = bytes_a_sample if cache else 24.0
@@ -106,13 +104,11 @@ def _plan(
     read = stored / disk + row_bytes / DECODE + row_bytes / machine.moved if cache else passing
     block_rows = min(options.resources.block_rows or choose_block_rows(n_train, row_bytes, budget // 8), n_train)
     batch = options.resources.batch_size or min(256, block_rows)
-    columns = columns_of_a_tile(block_rows)
+    tile, columns, slab = tile_of(options, forms, budget, (n_train, n_test), dtype, block_rows)
     product = (found.rebuild / machine.operations, found.score / machine.operations)
     pieces = Scoring(*product, 4 * size / disk, 0.0, 1 / disk, RANKED, RANKED)
-    influence = InfluencePlan(n_train, n_test, tile, columns, options.influence, 0, read, pieces, 0.0, 0.0)
-    influence = replace(influence, memory=held(
-        budget / 8, tile, size, block_rows * row_bytes, min(columns, n_train), influence.state_bytes
-    ))  # fmt: skip
+    influence = InfluencePlan(n_train, n_test, tile, columns, options.influence, 0, read, pieces, 0.0, slab)
+    influence = replace(influence, memory=held(influence, budget / 8, 4 * size, block_rows * row_bytes))
     grads = GradsPlan(
         tuple(planned_layers(forms)), n_train, size, batch, block_rows, 1 / compute, math.inf, 1 / written, 1 / read,
         stored, influence.passes, None, (), cache, dtype, options.grads.codec, 0.0, 0.0,

@@ -104,8 +104,8 @@ def _scoring(plan: Plan) -> list[str]:
     stage: InfluencePlan = plan.influence
     return [
         f"matrix     {human_bytes(stage.matrix_bytes)}, rankings {human_bytes(stage.ranking_bytes)} (alone with"
-        f" --no-matrix); tiles of"
-        f" {stage.tile_rows:,} test samples, the gradients read {stage.passes:,} times"
+        f" --no-matrix); tiles of {stage.tile_rows:,} test by {min(stage.columns, stage.n_train):,} training samples,"
+        f" the gradients read {stage.passes:,} times"
     ]
 
 
