@@ -13,21 +13,20 @@ from infl_cache.maths.curvature import Curvature, Rows
 from infl_cache.maths.curvature.jacobian import forms_for_products, of_gradients
 from infl_cache.maths.curvature.jacobian import product as product_of_rows
 from infl_cache.maths.curvature.products import batch_product
-from infl_cache.maths.digest import sample_digest
 from infl_cache.maths.ekfac import EKFAC, fit
 from infl_cache.maths.gram import gram
 from infl_cache.maths.probe import probe_batch
-from infl_cache.maths.samples import fetch, spread
+from infl_cache.maths.samples import digests_at, plain_tensors, spread
 from infl_cache.maths.solvers.cg import CG
 from infl_cache.maths.solvers.pcg import PCG, orthonormal
 from infl_cache.maths.task import losses_of
 from infl_cache.stages.opening import Opened
 from infl_cache.stages.plan.clock import clocked, line
-from infl_cache.stages.same import CHECK_SECONDS, CHECKED_LOSSES
+from infl_cache.stages.same import CHECK_SECONDS, CHECKED_AT_ONCE, CHECKED_LOSSES
 
 # Vectors of a timed product, iterations of a timed recursion, rows made orthonormal, side of a timed matrix.
 VECTORS, STEPS, BASIS, SIDE = 16, 3, 48, 768
-# Samples whose digests are timed.
+# Samples whose digests are timed one by one.
 COMPARED = 32
 # Samples of a product by differentiating twice, of the fit of EK-FAC, of an inner product.
 TWICE, FITTED, PAIRS, MOST_PAIRS = 32, 32, 64, 512
@@ -119,8 +118,10 @@ def operations(device: torch.device) -> tuple[float, float]:
 def compared(run: Opened, name: str, count: int) -> float:
     """Seconds of a stage to see that the data are those of a store, and eight losses: `same.check_against_store`."""
     dataset = getattr(run.task, name)
-    rows = spread(len(dataset), min(COMPARED, len(dataset)))
-    digests = clocked(lambda: [sample_digest(fetch(dataset, row, name)) for row in rows], run.device) / len(rows)
+    alone = plain_tensors(dataset) is None
+    rows = spread(len(dataset), min(COMPARED if alone else CHECKED_AT_ONCE, len(dataset)))
+    groups = [[row] for row in rows] if alone else [rows]
+    digests = clocked(lambda: [digests_at(dataset, name, group) for group in groups], run.device) / len(rows)
 
     def loss() -> None:
         with torch.no_grad():
