@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from infl_cache.maths.capture import Forms, capture
 from infl_cache.maths.curvature import Curvature, Rows
-from infl_cache.maths.curvature.jacobian import forms_for_products, of_gradients
+from infl_cache.maths.curvature.jacobian import Jacobian, forms_for_products, of_gradients
 from infl_cache.maths.curvature.jacobian import product as product_of_rows
 from infl_cache.maths.curvature.products import batch_product
 from infl_cache.maths.ekfac import EKFAC, fit
@@ -21,7 +22,7 @@ from infl_cache.maths.solvers.cg import CG
 from infl_cache.maths.solvers.pcg import PCG, orthonormal
 from infl_cache.maths.task import losses_of
 from infl_cache.stages.opening import Opened
-from infl_cache.stages.plan.clock import clocked, line
+from infl_cache.stages.plan.clock import clocked, line, once, wait
 from infl_cache.stages.same import CHECK_SECONDS, CHECKED_AT_ONCE, CHECKED_LOSSES
 
 # Vectors of a timed product, iterations of a timed recursion, rows made orthonormal, side of a timed matrix.
@@ -77,18 +78,21 @@ def fitting(operator: Curvature) -> tuple[float, float, EKFAC]:
     """Seconds of EK-FAC's bases, and of a training sample in its two passes over rows in memory; and one of a few."""
     rows = operator.fit_rows()
     batch = next(iter(rows.passes()))
-    few, made = [], []
-    for count in (max(1, min(FITTED, batch.size) // 4), min(FITTED, batch.size)):
-        hessian = None if batch.hessian is None else batch.hessian[:count]
-        factors = {key: (a[:count], g[:count]) for key, (a, g) in batch.factors.items()}
-        part = replace(batch, factors=factors, dense=batch.dense[:count], hessian=hessian)
-        only = Rows(rows.forms, lambda part=part: [part], rows.row_bytes)  # type: ignore[misc]
+    count, spent = min(FITTED, batch.size), 0.0
+    hessian = None if batch.hessian is None else batch.hessian[:count]
+    factors = {key: (a[:count], g[:count]) for key, (a, g) in batch.factors.items()}
+    part = replace(batch, factors=factors, dense=batch.dense[:count], hessian=hessian)
 
-        def fitted(only: Rows = only, count: int = count) -> None:
-            made.append(fit(only, count))
+    def passes() -> Iterator[Jacobian]:
+        nonlocal spent
+        started = time.perf_counter()
+        yield part
+        wait(part.dense.device)  # what was done with it is done
+        spent += time.perf_counter() - started
 
-        few.append((count, clocked(fitted, batch.dense.device)))
-    return *line(few[0], few[1]), made[-1]
+    made: list[EKFAC] = []
+    seconds = once(lambda: made.append(fit(Rows(rows.forms, passes, rows.row_bytes), count)), part.dense.device)
+    return max(0.0, seconds - spent), spent / count, made[0]
 
 
 def inner_products(run: Opened, stored: Forms, vectors: int, many: bool) -> tuple[float, float, float, int]:

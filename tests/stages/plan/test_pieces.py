@@ -9,12 +9,16 @@ import torch
 
 from infl_cache import Run
 from infl_cache.config import StestOptions
+from infl_cache.maths.curvature import Rows, captured
+from infl_cache.maths.curvature.jacobian import Jacobian, forms_for_products
+from infl_cache.maths.ekfac import fit
 from infl_cache.stages.opening import looked_at
 from infl_cache.stages.plan.clock import clocked
 from infl_cache.stages.plan.costs import LOOKS, Costs, Iterations, Sizes, solver_choice
 from infl_cache.stages.plan.influence import classes_among, ranked
-from infl_cache.stages.plan.pieces import compared
+from infl_cache.stages.plan.pieces import FITTED, compared, fitting
 from infl_cache.stages.plan.stest import plan_stest, sizes_of
+from tests.driving import decided, operator_of
 from tests.stages.plan.test_grads import QUIET, images
 
 SIZES = Sizes(n_train=1000, n_test=6, n_params=50, together=3, itemsize=4, budget=10**6, batch=100)
@@ -105,6 +109,25 @@ def test_a_comparison_with_the_data_ends_after_two_seconds():
         few, many = compared(run, "train", 10), compared(run, "train", 10**9)
     assert few < many
     assert 2 <= many < 3
+
+
+def test_the_fit_of_ekfac_is_timed_by_its_passes_and_its_bases():
+    task = images(40)
+    forms = forms_for_products(decided(task)[0], 3)
+    with operator_of(task, damping=0.1) as operator:
+        rows = list(captured(operator.task, forms, operator.batches)())
+        made = dataclasses.replace(operator, rows=Rows(forms, lambda: rows, 8))
+        eigen, moments, found = fitting(made)
+    expected = fit(Rows(forms, lambda: [first(rows[0], FITTED)], 8), FITTED)
+    assert 0 < moments < 1
+    assert 0 < eigen < 10
+    asked = torch.ones(1, forms.parameters.size)
+    torch.testing.assert_close(found.solve(asked, 0.1), expected.solve(asked, 0.1))
+
+
+def first(rows, count):
+    factors = {key: (a[:count], g[:count]) for key, (a, g) in rows.factors.items()}
+    return Jacobian(factors, rows.dense[:count], rows.hessian[:count])
 
 
 def test_classes_are_counted_and_left_out_where_they_have_no_room():
