@@ -95,10 +95,15 @@ def _run_stages(names: Sequence[str], given: Namespace) -> None:
     run, force = _prepared(given)
     # `run --force` starts everything over at once: no stage then finds another's older options in its way.
     results = run.all(force) if force and len(names) > 1 else (getattr(run, name)(force) for name in names)
+    beside: tuple[StageResult, ...] = ()
     for result in results:
-        print(_result_line(result), flush=True)
+        beside = result.beside
+        for each in (result, *beside):
+            print(_result_line(each), flush=True)
     if list(names) == list(STAGES):
         print("\n" + report(RunFolder(run.path), run.task))
+    elif beside:
+        print(f"\n{run.layer_shares()}")
 
 
 def _self_influence(given: Namespace) -> None:

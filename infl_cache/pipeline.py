@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from infl_cache.maths.narrow import NARROW
 from infl_cache.maths.task import Task
 from infl_cache.reading import Influences
 from infl_cache.stages import rank
+from infl_cache.stages.by_layer import by_layer
 from infl_cache.stages.grads import grads
 from infl_cache.stages.influence import influence
 from infl_cache.stages.opening import Opened, StageResult, opened
@@ -84,7 +86,10 @@ class Run(Influences):
         return self._stage("stest", force)
 
     def influence(self, force: bool = False) -> StageResult:
-        """Stage 3: the rankings and, unless `matrix=False`, `influence.npy` (n_test, n_train)."""
+        """Stage 3: the rankings and, unless `matrix=False`, `influence.npy` (n_test, n_train).
+
+        With the option `by_layer=True` also `influence_by_layer.npy` (n_layers, n_test, n_train): see `by_layer`.
+        """
         return self._stage("influence", force)
 
     def self_influence(self, force: bool = False) -> StageResult:
@@ -174,7 +179,10 @@ class Run(Influences):
         options = begun_with(self.folder, self.options, self._given) if name == "self_influence" else self.options
         self.folder.configuration = {**self.reference, "run": str(self.path), **options.flat()}
         with opened(self.folder, self.task, options) as run:
-            return stage(run, force)
+            result = stage(run, force)
+            if name == "influence" and options.influence.by_layer:
+                return dataclasses.replace(result, beside=(by_layer(run),))
+            return result
 
     def _vectors(
         self, stage: str, wanted: list[int], read: Callable[[Block], NDArray[Any]], single: bool

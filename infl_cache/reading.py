@@ -13,6 +13,14 @@ from infl_cache.errors import BadInput, IncompleteStore
 from infl_cache.maths.task import Task
 from infl_cache.stages import rank
 from infl_cache.stages.blocks import some
+from infl_cache.stages.layers import (
+    BY_LAYER,
+    LayerShares,
+    layer_names,
+    require_layers,
+    require_sound_layers,
+    stored_shares,
+)
 from infl_cache.stages.rankings import (
     RANKINGS,
     Arrays,
@@ -35,8 +43,9 @@ class Influences:
         self.path = Path(path)
         self.task = task
         self.folder = RunFolder(self.path)
-        # The matrix file when its checksums were last compared: its size and time of change; the rankings likewise.
+        # The matrix file when its checksums were last compared: its size and time of change; the others likewise.
         self._sound: Changed | None = None
+        self._sound_layers: Changed | None = None
         self._ranked: tuple[Changed, Arrays] | None = None
 
     def scores(self) -> NDArray[np.float32]:
@@ -60,6 +69,34 @@ class Influences:
             self._sound = now
         matrix: NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
         return matrix
+
+    def by_layer(self) -> dict[str, NDArray[np.float32]]:
+        """What each layer gives to the influences: by its name a read-only memory map, float32 (n_test, n_train).
+
+        A layer is a module with parameters of its own, by its name in the model (the model itself is ""); a weight
+        that modules share is the first one's. Their sum is `scores()`; rows that nobody asked for are NaN.
+        Raises `IncompleteStore` unless stage 3 was run with `by_layer=True`.
+        """
+        self.folder = RunFolder(self.path)
+        file = self.path / BY_LAYER
+        now = _changed(file) if file.exists() else (0, 0)
+        if self._sound_layers != now:
+            require_sound_layers(self.folder)
+            if self.task is not None:
+                check_same_task(self.folder, self.task)
+            self._sound_layers = now
+        require_layers(self.folder)
+        matrices: NDArray[np.float32] = np.load(file, mmap_mode="r", allow_pickle=False)
+        return dict(zip(layer_names(self.folder), matrices, strict=True))
+
+    def layer_shares(self) -> LayerShares:
+        """Which layers carry the effect: names, parameters, `share` (n_layers, n_test), `share_of_all` (n_layers,).
+
+        Raises `IncompleteStore` unless stage 3 was run with `by_layer=True`.
+        """
+        self.folder = RunFolder(self.path)
+        require_layers(self.folder)
+        return stored_shares(self.folder)
 
     @property
     def tests(self) -> NDArray[np.int64]:

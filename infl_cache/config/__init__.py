@@ -115,6 +115,9 @@ class InfluenceOptions:
     top_k: int = option(100, "length of each ranking of helpful and of harmful training samples", 1)
     top_k_train: int = option(10, "length of each training sample's rankings of test samples", 1)
     matrix: bool = option(True, "keep the influence matrix; without, the rankings alone (--no-matrix)")
+    by_layer: bool = option(
+        False, "also what each layer gives to the influences, which sums to them; needs the matrix (--by-layer)"
+    )
     nonfinite: Literal["stop", "skip"] = option(
         "stop", "a gradient or s_test with NaN or Inf: stop and name it, or leave NaN and keep it out of the rankings"
     )
@@ -162,7 +165,7 @@ class Options:
     def resolve(cls, given: Mapping[str, Any]) -> Options:
         """Options from a flat mapping; what is not given keeps its default.
 
-        Raises `BadInput` for an unknown key, a wrong type or a value out of range.
+        Raises `BadInput` for an unknown key, a wrong type, a value out of range or two that contradict each other.
         """
         known = {name for name, _, _ in option_fields()}
         for key in given:
@@ -171,7 +174,12 @@ class Options:
                 hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
                 raise BadInput(f"unknown option {str(key)[:60]!r}{hint}")
         sections: dict[str, Any] = {section: options_of(kind, given) for section, kind in SECTIONS.items()}
-        return cls(**sections)
+        made = cls(**sections)
+        if made.influence.by_layer and not made.influence.matrix:
+            raise BadInput(
+                "by-layer: expected a run that keeps its matrix, found --no-matrix; give --matrix or --no-by-layer"
+            )
+        return made
 
     def flat(self) -> dict[str, Any]:
         """The flat mapping that `resolve` takes; round-trips."""

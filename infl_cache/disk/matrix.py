@@ -1,10 +1,11 @@
-"""`influence.npy`: a plain float32 NumPy file, written tile by tile without ever being mapped.
+"""`influence.npy` and its like: plain float32 NumPy files, written tile by tile without ever being mapped.
 
 Mapped pages would count as memory of this process; `pwrite` leaves them to the kernel.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,9 +36,12 @@ def checksum(values: Floats) -> int:
 
 
 class MatrixFile:
-    """An open `.npy` file of float32 `shape`, rows by columns in C order."""
+    """An open `.npy` file of float32 `shape`, rows by columns in C order.
 
-    def __init__(self, path: Path, writable: bool = False) -> None:
+    With axes of the sizes `leading` before these two, its rows are counted through all of them.
+    """
+
+    def __init__(self, path: Path, writable: bool = False, leading: tuple[int, ...] = ()) -> None:
         self.path = path
         try:
             with open(path, "rb") as file:
@@ -49,12 +53,13 @@ class MatrixFile:
                 self._offset = file.tell()
         except Exception as error:  # NumPy parses the header as Python text and fails in many ways
             raise DamagedStore(f"{path}: expected a NumPy file, found something else ({error})") from error
-        if dtype != np.float32 or fortran or len(shape) != 2:
-            raise DamagedStore(f"{path}: expected float32 rows in two axes, found {dtype} of shape {shape}")
-        expected = self._offset + 4 * shape[0] * shape[1]
+        if dtype != np.float32 or fortran or len(shape) != len(leading) + 2 or shape[: len(leading)] != leading:
+            words = "two axes" if not leading else f"axes of {', '.join(map(str, leading))} and two more"
+            raise DamagedStore(f"{path}: expected float32 rows in {words}, found {dtype} of shape {shape}")
+        expected = self._offset + 4 * math.prod(shape)
         if path.stat().st_size != expected:
             raise DamagedStore(f"{path}: expected {expected} bytes, found {path.stat().st_size}")
-        self.shape: tuple[int, int] = (int(shape[0]), int(shape[1]))
+        self.shape: tuple[int, int] = (math.prod(shape[:-1]), int(shape[-1]))
         self._descriptor = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
 
     def write(self, start: int, column: int, values: Floats) -> None:
@@ -101,20 +106,21 @@ class MatrixFile:
         return self._offset + 4 * (row * self.shape[1] + column)
 
 
-def create_matrix(path: Path, shape: tuple[int, int], empty: Rows = ()) -> None:
+def create_matrix(path: Path, shape: tuple[int, ...], empty: Rows = ()) -> None:
     """An empty float32 matrix of `shape` on the disk; its tiles are worth nothing until the ledger names them.
 
-    The rows `empty` belong to no tile and are NaN: a hole of the file would read as an influence of zero.
+    The rows `empty`, counted through all axes but the last, belong to no tile and are NaN: a hole of the file would
+    read as an influence of zero.
     """
     with open(path, "wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         offset = file.tell()
-        file.truncate(offset + 4 * shape[0] * shape[1])
+        file.truncate(offset + 4 * math.prod(shape))
         nothing = np.full(PIECE, np.nan, "<f4").tobytes()
         for first, part in consecutive(empty):
-            file.seek(offset + 4 * first * shape[1])
-            left = 4 * (part.stop - part.start) * shape[1]
+            file.seek(offset + 4 * first * shape[-1])
+            left = 4 * (part.stop - part.start) * shape[-1]
             while left:
                 left -= file.write(nothing[:left])
     sync_file(path)

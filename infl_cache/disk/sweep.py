@@ -15,15 +15,19 @@ OUTPUTS = {
     "stest": ("s_test.zarr", "s_test.state", "s_test.fit", TILES),
     "influence": ("influence.npy", "influence.partial.npy", "influence.state", "influence.tile"),
     "rankings": ("rankings.npz",),
+    "by_layer": ("influence_by_layer.npy", "influence_by_layer.partial.npy", "by_layer.tile"),
+    "layer_shares": ("by_layer.npz",),
     "self_influence": ("self_influence.zarr", "self_influence.state", "self_influence.fit"),
     "self_ranking": ("self_influence.npz",),
 }
 # Which stages hang on a stage.
 CHILDREN = {
-    "grads": ("influence", "rankings", "self_influence", "self_ranking"),
-    "stest": ("influence", "rankings"),
-    "influence": ("rankings",),
+    "grads": ("influence", "rankings", "by_layer", "layer_shares", "self_influence", "self_ranking"),
+    "stest": ("influence", "rankings", "by_layer", "layer_shares"),
+    "influence": ("rankings", "by_layer", "layer_shares"),
     "rankings": (),
+    "by_layer": ("layer_shares",),
+    "layer_shares": (),
     "self_influence": ("self_ranking",),
     "self_ranking": (),
 }

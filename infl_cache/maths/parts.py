@@ -67,12 +67,18 @@ def whole(forms: Forms) -> Part:
 
 
 def units(forms: Forms) -> list[Part]:
-    """The smallest parts by which stores are read: layers that share a weight or a stored input stay together.
+    """The smallest parts by which stores are read: `units_of` all of a gradient."""
+    return units_of(whole(forms))
+
+
+def units_of(part: Part) -> list[Part]:
+    """The smallest parts by which what `part` needs is read: layers that share a weight or stored input stay together.
 
     The plain columns come last, as one unit.
     """
-    found = [Part(forms, _names(group), 0, 0) for group in _sharing(forms.factored)]
-    return found + ([Part(forms, (), 0, forms.n_dense)] if forms.n_dense else [])
+    groups = [tuple(name for name in _names(group) if name in part.names) for group in _sharing(part.layers)]
+    found = [Part(part.forms, names, 0, 0) for names in groups]
+    return found + ([Part(part.forms, (), part.start, part.stop)] if part.stop > part.start else [])
 
 
 def joined(parts: Sequence[Part]) -> Part:

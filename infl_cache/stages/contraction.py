@@ -1,13 +1,15 @@
 """Tiles of the matrix from the two stores: an accumulator in memory, the parameters in slabs (see `schedule`).
 
-Kept while it is summed up: a kill loses at most a few minutes of a tile, and what is carried on has the same bits.
+All parameters of a tile are summed up at a time, or those of one layer. The sums are kept meanwhile: a kill loses at
+most a few minutes of a tile, and what is carried on has the same bits.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,44 +22,63 @@ from infl_cache.errors import Interrupted
 from infl_cache.maths import scores
 from infl_cache.maths.capture import Forms
 from infl_cache.maths.narrow import NARROW
-from infl_cache.maths.parts import whole
+from infl_cache.maths.parts import Part, whole
 from infl_cache.stages.grads import rows_at_once
 from infl_cache.stages.kept import KeptState
 from infl_cache.stages.opening import Opened, log
 from infl_cache.stages.rounding import TEST_SAMPLES, measured_rounding, product_error
 from infl_cache.stages.schedule import Slab, slabs
-from infl_cache.stages.solutions import ReadSolutions, solution_layout, solution_reader
+from infl_cache.stages.solutions import solution_layout, solution_reader
 from infl_cache.stages.source import gradient_reader, piece_reader
 from infl_cache.stages.stored import GradientPiece
 from infl_cache.stages.tiles import Tile, tested, tile_rows_of
 
-ACCUMULATOR = "influence.tile"
 KEEP_SECONDS = 120.0
 # What an interrupt throws away rather than wait for the disk.
 WORTH_KEEPING_SECONDS = 5.0
 
-# One step: a slab of a tile by a training block.
-Step = tuple[Tile, Slab, Block]
+
+@dataclass(frozen=True)
+class Job:
+    """What is summed up at a time: of a tile what a part of the parameters gives, all of them or those of a layer."""
+
+    tile: Tile
+    part: Part
+    layer: int | None = None
+
+
+# One step: a slab of a job by a training block.
+Step = tuple[Job, Slab, Block]
+# The slabs of a job, by its layer and its row of tiles.
+Cut = Mapping[tuple[int | None, int], Sequence[Slab]]
 
 
 def tile_values(
     run: Opened, forms: Forms, todo: Sequence[Tile], advance: Callable[[int], None]
 ) -> Iterator[tuple[Tile, Floats, float]]:
     """The influences of each tile, with the seconds it took; `advance` is told of pairs as they are done."""
+    _measure_errors(run, forms)
+    jobs = [Job(tile, whole(forms)) for tile in todo]
+    for job, values, seconds in job_values(run, forms, "influence", jobs, advance):
+        yield job.tile, values, seconds
+
+
+def job_values(
+    run: Opened, forms: Forms, stage: str, todo: Sequence[Job], advance: Callable[[int], None]
+) -> Iterator[tuple[Job, Floats, float]]:
+    """What each job gives, with the seconds it took, by the slabs of the stage's plan."""
     dtype = product_dtype(run)
     narrow = torch.bfloat16 if run.options.influence.product_dtype == "bfloat16" else None
     with solution_reader(run) as read_test, piece_reader(run, forms, dtype) as read_train:
-        _measure_errors(run, forms, read_test, dtype)
-        kept = KeptState(
-            run.folder.path / ACCUMULATOR, "the sums of a tile", "the tile starts at its beginning", log.warning
-        )
-        cut = {tile.index: list(_slabs(run, forms, tile)) for tile in todo}
+        path = run.folder.path / f"{stage}.tile"
+        kept = KeptState(path, "the sums of a tile", "the tile starts at its beginning", log.warning)
+        cut = _cut(run, stage, todo)
         following = itertools.chain(_steps(todo, cut), [None])
         next(following)
         asked: tuple[Block, Slab, scores.Queries] | None = None
-        for tile in todo:
-            sums = Sums(run, kept, tile, dtype)
-            for step, (_, slab, block) in enumerate(_steps([tile], cut)):
+        for job in todo:
+            tile, sums = job.tile, Sums(run, kept, stage, job, dtype)
+            for step, (_, slab, block) in enumerate(_steps([job], cut)):
                 after = next(following)
                 if step < sums.done:
                     continue
@@ -70,35 +91,43 @@ def tile_values(
                     sums.add(slab, block, piece, asked[2])
                 advance(sums.advanced(slab, block))
                 sums.keep(step + 1)
-            yield tile, sums.values(len(run.task.train)), sums.seconds
+            yield job, sums.values(len(run.task.train)), sums.seconds
             sums.forget()
 
 
-def _slabs(run: Opened, forms: Forms, tile: Tile) -> Iterator[Slab]:
-    plan = run.folder.plan("influence")
-    rows = len(tested(run.folder.samples("stest"), tile.test))
+def _cut(run: Opened, stage: str, todo: Sequence[Job]) -> Cut:
+    plan, samples = run.folder.plan(stage), run.folder.samples("stest")
     itemsize = np.dtype(solution_layout(run).dtype).itemsize
-    return slabs(forms, rows, itemsize, plan.get("slab_bytes", 0), plan.get("chunk_columns", 1))
+    found: dict[tuple[int | None, int], list[Slab]] = {}
+    for job in todo:
+        rows = len(tested(samples, job.tile.test))
+        if (job.layer, job.tile.test.index) not in found:
+            cut = slabs(job.part, rows, itemsize, plan.get("slab_bytes", 0), plan.get("chunk_columns", 1))
+            found[job.layer, job.tile.test.index] = list(cut)
+    return found
 
 
-def _steps(tiles: Sequence[Tile], cut: dict[int, list[Slab]]) -> Iterator[Step]:
-    return ((tile, slab, block) for tile in tiles for slab in cut[tile.index] for block in tile.train)
+def _steps(jobs: Sequence[Job], cut: Cut) -> Iterator[Step]:
+    return (
+        (job, slab, block) for job in jobs for slab in cut[job.layer, job.tile.test.index] for block in job.tile.train
+    )
 
 
 class Sums:
-    """The accumulator of one tile (m, w), as far as it had come when it was kept last."""
+    """The accumulator of one job, (m, w) as its tile, as far as it had come when it was kept last."""
 
-    def __init__(self, run: Opened, kept: KeptState, tile: Tile, dtype: torch.dtype) -> None:
-        self._run, self._kept, self._tile = run, kept, tile
+    def __init__(self, run: Opened, kept: KeptState, stage: str, job: Job, dtype: torch.dtype) -> None:
+        self._run, self._kept, self._tile = run, kept, (tile := job.tile)
         self._identity: dict[str, Any] = {
-            "influence": run.folder.fingerprint("influence"),
-            "slab_bytes": run.folder.plan("influence").get("slab_bytes", 0),
+            stage: run.folder.fingerprint(stage),
+            "slab_bytes": run.folder.plan(stage).get("slab_bytes", 0),
             "test": [tile.test.start, tile.test.stop],
             "train": [tile.columns.start, tile.columns.stop],
+            **({} if job.layer is None else {"layer": job.layer}),
         }
         rows = len(tested(run.folder.samples("stest"), tile.test))
         self._sums, self.done, before = torch.zeros(rows, tile.width, dtype=dtype, device=run.device), 0, 0.0
-        if (run.folder.path / ACCUMULATOR).exists() and (found := kept.read(self._identity, run.device)):
+        if kept.path.exists() and (found := kept.read(self._identity, run.device)):
             header, state = found
             self._sums, self.done, before = state["sums"], int(header.facts["steps"]), float(header.facts["seconds"])
         self._started = time.perf_counter() - before
@@ -141,7 +170,7 @@ class Sums:
         self._due = time.perf_counter() + KEEP_SECONDS
 
     def values(self, n_train: int) -> Floats:
-        """The influences, once everything has been added."""
+        """The influences, or what the part gives to them, once everything has been added."""
         return scores.influence(self._sums, n_train).to("cpu", torch.float32).numpy()
 
     def forget(self) -> None:
@@ -157,7 +186,7 @@ def product_dtype(run: Opened) -> torch.dtype:
     return torch.float64 if "float64" in kept else torch.float32
 
 
-def _measure_errors(run: Opened, forms: Forms, read_test: ReadSolutions, dtype: torch.dtype) -> None:
+def _measure_errors(run: Opened, forms: Forms) -> None:
     """Once a run, what 16-bit gradients and products do to the influences of the first test samples."""
     plan, stored = run.folder.plan("influence"), run.folder.manifest.stages["grads"]["identity"]["dtype"]
     at_once = rows_at_once(run)
@@ -168,11 +197,13 @@ def _measure_errors(run: Opened, forms: Forms, read_test: ReadSolutions, dtype: 
     start, stop = tile_rows_of(run.folder)[0]
     tile = Block(0, start, stop)
     count = min(len(tested(run.folder.samples("stest"), tile)), TEST_SAMPLES, at_once)
-    first = read_test(tile, 0, count, whole(forms))
+    with solution_reader(run) as read_test:
+        first = read_test(tile, 0, count, whole(forms))
     finite = first[torch.isfinite(first).all(1)]
     if rounds and len(finite):
         run.folder.remember("influence", rounding=measured_rounding(run, forms, stored, finite, at_once))
     if multiplies and len(finite):
+        dtype = product_dtype(run)
         factors, dense = gradient_reader(run, forms, dtype)(run.folder.stage_blocks("grads")[0])
         error = product_error(forms, finite.to(dtype), factors, dense, run.budget // 8)
         run.folder.remember("influence", product_error=error)

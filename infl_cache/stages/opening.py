@@ -54,7 +54,8 @@ class Opened:
 class StageResult:
     """What one call of a stage did: rows in all, rows computed now, bytes on disk, seconds, and remarks.
 
-    `timings` says where the seconds went; those of different threads overlap.
+    `timings` says where the seconds went; those of different threads overlap. `beside` are stages that hang on this
+    one and were asked for with it.
     """
 
     stage: str
@@ -64,6 +65,7 @@ class StageResult:
     seconds: float
     notes: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
+    beside: tuple[StageResult, ...] = ()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from infl_cache.maths.task import Task
 from infl_cache.stages import rank
 from infl_cache.stages.blocks import some
 from infl_cache.stages.columns import stored_column
+from infl_cache.stages.layers import has_layers, stored_shares
 from infl_cache.stages.opening import log
 from infl_cache.stages.rankings import has_matrix, stored_length, stored_rankings, strongest
 from infl_cache.stages.same import check_same_task
@@ -53,6 +54,8 @@ def report(folder: RunFolder, task: Task | None = None) -> str:
     text = table(asked, labels, names, sign_of(folder), folder.plan("stest").get("measure", "loss"))
     if line := most_harmful_line(folder, names):
         text += f"\n\n{line}"
+    if has_layers(folder):
+        text += f"\n\n{stored_shares(folder)}"
     if task is not None:
         picture = draw(folder.path / PICTURE, task, asked, labels)
         text += f"\n{picture}" if picture else ""

@@ -26,8 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from infl_cache.disk.layout import blocks
-from infl_cache.maths.capture import Forms
-from infl_cache.maths.parts import Part, joined, units, whole
+from infl_cache.maths.parts import Part, joined, units_of
 
 
 @dataclass(frozen=True)
@@ -102,17 +101,18 @@ def slab_bytes_moved(n_test: int, n_train: int, units: Sequence[Unit], room: Roo
     return -(-n_train // columns) * n_test * s + -(-n_test // rows) * n_train * g
 
 
-def slabs(forms: Forms, rows: int, itemsize: int, slab_bytes: int, chunk_columns: int = 1) -> Iterator[Slab]:
+def slabs(part: Part, rows: int, itemsize: int, slab_bytes: int, chunk_columns: int = 1) -> Iterator[Slab]:
     """The slabs of a tile of `rows` test samples, of at most `slab_bytes` of s_test where the parameters allow it.
 
-    Runs of plain columns are whole chunks of `chunk_columns` where these are small enough.
+    Together they are `part`: all parameters, or some. Runs of plain columns are whole chunks of `chunk_columns` where
+    these are small enough and the part begins with one.
     """
     if not slab_bytes:
-        yield Slab(whole(forms), 0, rows)
+        yield Slab(part, 0, rows)
         return
     limit, group = max(1, slab_bytes // (rows * itemsize)), list[Part]()
-    for unit in units(forms):
-        if group and sum(part.size for part in group) + unit.size > limit:
+    for unit in units_of(part):
+        if group and sum(each.size for each in group) + unit.size > limit:
             yield Slab(joined(group), 0, rows)
             group = []
         if unit.size <= limit:
@@ -123,6 +123,7 @@ def slabs(forms: Forms, rows: int, itemsize: int, slab_bytes: int, chunk_columns
         else:
             width = limit - limit % chunk_columns or limit
             for block in blocks(unit.size, width):
-                yield Slab(Part(forms, (), block.start, block.stop), 0, rows)
+                start, stop = unit.start + block.start, unit.start + block.stop
+                yield Slab(Part(part.forms, (), start, stop), 0, rows)
     if group:
         yield Slab(joined(group), 0, rows)

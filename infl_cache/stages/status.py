@@ -17,6 +17,7 @@ from infl_cache.errors import BadInput
 from infl_cache.progress import human_bytes, human_seconds
 from infl_cache.stages.blocks import some
 from infl_cache.stages.keeping import kept_line
+from infl_cache.stages.layers import layers_details
 from infl_cache.stages.rankings import has_matrix
 from infl_cache.stages.rounding import rounding_line
 from infl_cache.stages.selection import as_text, count_of_tests, held_tests
@@ -25,8 +26,9 @@ from infl_cache.stages.tiles import matrix_tests, solved
 
 ORDER = ("grads", "stest", "influence")
 # Shown where they were begun.
-BESIDE = ("self_influence",)
+BESIDE = ("by_layer", "self_influence")
 SOLVED = ("stest", "self_influence")
+TILED = ("influence", "by_layer")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Status:
                 continue
             left = f", {human_seconds(each.eta)} left" if each.rate else ""
             state = "done" if each.complete else f"{each.blocks_done / each.blocks:.0%}{left}"
-            unit, name = "tiles" if each.stage == "influence" else "rows", each.stage.replace("_", "-")
+            unit, name = "tiles" if each.stage in TILED else "rows", each.stage.replace("_", "-")
             lines.append(
                 f"  {name:10s} {each.rows_done:,} of {each.rows:,} {unit} ({state}), {human_bytes(each.n_bytes)},"
                 f" {human_seconds(each.seconds)}, {each.rate:,.1f} {unit}/s"
@@ -92,7 +94,7 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
     seconds = sum(record.seconds for record in records.values())
     rate = rows_done / seconds if seconds else 0.0
     details: dict[str, Any] = {}
-    samples = folder.samples(stage) if stage != "influence" else np.array([], np.int64)
+    samples = folder.samples(stage) if stage not in TILED else np.array([], np.int64)
     bad = sorted(int(samples[row]) for record in records.values() for row in record.bad_rows)
     if bad:
         details["not finite"] = f"{len(bad)} rows: {', '.join(map(str, bad[:8]))}{', ...' if len(bad) > 8 else ''}"
@@ -118,6 +120,8 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
         details["test samples"] = _tests_line(folder, matrix_tests(folder))
         if not has_matrix(folder):
             details["matrix"] = "not kept (--no-matrix), only the rankings"
+    if stage == "by_layer":
+        details.update(layers_details(folder))
     return StageStatus(
         stage, len(records), len(every), rows_done, rows, array_bytes(records.values()), seconds, rate,
         (rows - rows_done) / rate if rate else 0.0, details,

@@ -19,11 +19,12 @@ from infl_cache.disk.ledger import FileRecord
 from infl_cache.disk.matrix import Floats, MatrixFile, checksum
 from infl_cache.disk.run import RunFolder
 from infl_cache.disk.state import Header, read_header, read_state, write_state
+from infl_cache.disk.sweep import OUTPUTS
 from infl_cache.errors import DamagedStore
 from infl_cache.stages.opening import Opened, log
 from infl_cache.stages.rankings import new_standings
 from infl_cache.stages.standings import Standings
-from infl_cache.stages.tiles import FINAL, Tile, tested
+from infl_cache.stages.tiles import Tile, tested
 
 STATE = "influence.state"
 KEEP_SECONDS = 120.0
@@ -39,6 +40,17 @@ class Tally(Protocol):
         """No more tiles come, now or for good."""
 
 
+def commit_rows(
+    folder: RunFolder, stage: str, index: int, matrix: MatrixFile, rows: NDArray[np.int64], column: int,
+    values: Floats, seconds: float,
+) -> None:  # fmt: skip
+    """Write rows of an open matrix from a column on, sync them, and make them block `index` of the stage."""
+    matrix.write_rows(rows, column, values)
+    matrix.sync()
+    record = FileRecord(OUTPUTS[stage][0], values.nbytes, checksum(values))
+    folder.commit(stage, Block(index, index, index + 1), [record], seconds)
+
+
 class IntoMatrix:
     """Tiles into an open matrix file, one by one a fact; into the standings too, where these are given."""
 
@@ -49,10 +61,7 @@ class IntoMatrix:
     def put(self, tile: Tile, values: Floats, seconds: float) -> None:
         """Write, sync and commit it."""
         tests = tested(self._samples, tile.test)
-        self._matrix.write_rows(tests, tile.columns.start, values)
-        self._matrix.sync()
-        record = FileRecord(FINAL, values.nbytes, checksum(values))
-        self._folder.commit("influence", Block(tile.index, tile.index, tile.index + 1), [record], seconds)
+        commit_rows(self._folder, "influence", tile.index, self._matrix, tests, tile.columns.start, values, seconds)
         if self._standings is not None:
             self._standings.add(tests, tile.columns.start, values)
 

@@ -7,6 +7,7 @@ The unit of work and of commit is a tile: some rows of the s_test store by a run
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,11 @@ from infl_cache.disk.layout import Block, blocks
 from infl_cache.disk.ledger import BlockRecord
 from infl_cache.disk.matrix import MatrixFile, checksum
 from infl_cache.disk.run import RunFolder
+from infl_cache.disk.sweep import OUTPUTS
 from infl_cache.errors import DamagedStore, IncompleteStore
 from infl_cache.maths.measures import HIGHER_IS_BETTER
 from infl_cache.stages.blocks import some
+from infl_cache.stages.selection import count_of_tests
 
 FINAL, PARTIAL = "influence.npy", "influence.partial.npy"
 
@@ -103,27 +106,49 @@ def sign_of(folder: RunFolder) -> int:
 
 def checked_tiles(folder: RunFolder, tiles: Sequence[Tile]) -> dict[int, BlockRecord]:
     """The committed tiles, each compared with its checksum; `DamagedStore` names rows and columns otherwise."""
-    records = folder.records("influence")
+    return check_tiles(folder, "influence", tiles, "run infl-cache influence --force")
+
+
+def check_tiles(
+    folder: RunFolder, stage: str, tiles: Sequence[Tile], remedy: str, layers: Sequence[str] = ()
+) -> dict[int, BlockRecord]:
+    """The committed tiles of a stage's matrix, each compared with its checksum.
+
+    With `layers` it has a matrix for each of them, one after the other, and a block for each tile of each: `in_layer`.
+    Raises `DamagedStore` that names file, rows and columns, with the remedy.
+    """
+    records = folder.records(stage)
     if not records:
         return {}
-    name = FINAL if (folder.path / FINAL).exists() else PARTIAL
+    final, partial = OUTPUTS[stage][:2]
+    name = final if (folder.path / final).exists() else partial
     if not (folder.path / name).exists():
-        raise DamagedStore(f"{folder.path / FINAL}: expected a matrix, found no file; run infl-cache influence --force")
-    samples = folder.samples("stest")
-    matrix = MatrixFile(folder.path / name)
-    try:
+        raise DamagedStore(f"{folder.path / final}: expected a matrix, found no file; {remedy}")
+    samples, n_test = folder.samples("stest"), count_of_tests(folder)
+    with closing(MatrixFile(folder.path / name, leading=(len(layers),) if layers else ())) as matrix:
         for tile in tiles:
-            if tile.index in records:
-                rows = tested(samples, tile.test)
-                values = matrix.read_rows(rows, tile.columns.start, tile.width)
-                if checksum(values) != records[tile.index].files[0].crc:
+            rows = tested(samples, tile.test)
+            for layer in range(max(1, len(layers))):
+                record = records.get(in_layer(tile, layer, len(layers)) if layers else tile.index)
+                if record is None:
+                    continue
+                values = matrix.read_rows(layer * n_test + rows, tile.columns.start, tile.width)
+                if checksum(values) != record.files[0].crc:
+                    whose = f"layer {layers[layer]!r}, " if layers else ""
                     raise DamagedStore(
-                        f"{folder.path / name}: test rows {_words(rows)}, train columns {tile.columns.start} to"
-                        f" {tile.columns.stop - 1} are not what was committed; run infl-cache influence --force"
+                        f"{folder.path / name}: {whose}test rows {_words(rows)}, train columns {tile.columns.start} to"
+                        f" {tile.columns.stop - 1} are not what was committed; {remedy}"
                     )
-    finally:
-        matrix.close()
     return records
+
+
+def in_layer(tile: Tile, layer: int, n_layers: int) -> int:
+    """The number of a tile's block among those of all layers: it stays when tiles are added.
+
+    >>> [in_layer(Tile(tile, Block(0, 0, 1), ()), layer, 2) for tile in range(2) for layer in range(2)]
+    [0, 1, 2, 3]
+    """
+    return tile.index * n_layers + layer
 
 
 def require_sound_matrix(folder: RunFolder) -> None:

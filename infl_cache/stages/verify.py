@@ -14,11 +14,12 @@ from infl_cache.disk.store import record_of_file
 from infl_cache.disk.sweep import OUTPUTS
 from infl_cache.errors import BadInput, DamagedStore
 from infl_cache.progress import progress
+from infl_cache.stages.layers import checked_layers
 from infl_cache.stages.rankings import has_matrix
 from infl_cache.stages.tiles import checked_tiles, planned_tiles
 
 STORES = ("grads", "stest", "self_influence")
-FILES = ("rankings", "self_ranking")
+FILES = ("rankings", "layer_shares", "self_ranking")
 
 
 def verify(folder: RunFolder, show: bool = True) -> list[str]:
@@ -34,7 +35,7 @@ def verify(folder: RunFolder, show: bool = True) -> list[str]:
     for stage in STORES:
         if stage in folder.manifest.stages and not (folder.path / OUTPUTS[stage][0]).is_dir():
             faults.append(f"{OUTPUTS[stage][0]}: expected a store, found none")
-    return faults + _matrix_faults(folder) + _rankings_faults(folder)
+    return faults + _matrix_faults(folder) + _layer_faults(folder) + _rankings_faults(folder)
 
 
 def _store_checks(folder: RunFolder, stage: str) -> Iterator[tuple[FileRecord, str | None]]:
@@ -77,6 +78,14 @@ def _matrix_faults(folder: RunFolder) -> list[str]:
         return []
     try:
         checked_tiles(folder, planned_tiles(folder))
+    except DamagedStore as error:
+        return [str(error)]
+    return []
+
+
+def _layer_faults(folder: RunFolder) -> list[str]:
+    try:
+        checked_layers(folder)
     except DamagedStore as error:
         return [str(error)]
     return []

@@ -196,6 +196,29 @@ def test_rows_by_their_names_in_any_order(path):
     matrix.close()
 
 
+def test_rows_are_counted_through_leading_axes(tmp_path):
+    path = tmp_path / "layers.npy"
+    create_matrix(path, (3, *SHAPE), [8, 20])
+    matrix = MatrixFile(path, writable=True, leading=(3,))
+    assert matrix.shape == (21, 11)
+    matrix.write_rows([7, 13, 14], 2, VALUES[:3, :4])
+    assert np.array_equal(matrix.read_rows([13, 14], 2, 4), VALUES[1:3, :4])
+    matrix.close()
+    found = np.load(path)
+    assert found.shape == (3, 7, 11)
+    assert np.array_equal(found[1, [0, 6], 2:6], VALUES[:2, :4])
+    assert np.array_equal(found[2, 0, 2:6], VALUES[2, :4])
+    assert np.argwhere(np.isnan(found).all(2)).tolist() == [[1, 1], [2, 6]]
+
+
+@pytest.mark.parametrize(("shape", "leading"), [((21, 11), (3,)), ((7, 3, 11), (3,)), ((3, 7, 11), ()), ((231,), (3,))])
+def test_axes_of_other_sizes_are_refused(shape, leading, tmp_path):
+    np.save(tmp_path / "m.npy", np.zeros(shape, np.float32))
+    words = "in axes of 3 and two more" if leading else "in two axes"
+    with pytest.raises(DamagedStore, match=f"expected float32 rows {words}, found"):
+        MatrixFile(tmp_path / "m.npy", leading=leading)
+
+
 def test_rows_of_no_tile_are_nan_and_never_zero(tmp_path, monkeypatch):
     monkeypatch.setattr(disk_matrix, "PIECE", 5)
     create_matrix(tmp_path / "m.npy", SHAPE, [0, 3, 4])

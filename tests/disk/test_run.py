@@ -286,13 +286,16 @@ def test_the_manifest_is_read_afresh_under_the_lock(tmp_path, sample):
         early.claim("grads", {**sample.task, "weights": "cc33"}, sample.identity, force=False)
 
 
+MATRIX = {"influence", "rankings", "by_layer", "layer_shares"}
+
+
 def begin_everything(folder, sample):
     """Every stage, each with a committed block and its files."""
     with folder.writing():
         for stage in ("grads", "stest", "self_influence"):
             sample.begin(folder, stage)
             sample.commit(folder, *sample.blocks, stage=stage)
-        for stage in ("influence", "rankings", "self_ranking"):
+        for stage in ("influence", "rankings", "by_layer", "layer_shares", "self_ranking"):
             folder.begin(stage, sample.task, sample.identity, {"n_rows": 1, "block_rows": 1})
             (folder.path / OUTPUTS[stage][0]).write_bytes(stage.encode())
             folder.commit(stage, Block(0, 0, 1), [folder.record_file(OUTPUTS[stage][0])], 0.0)
@@ -301,10 +304,11 @@ def begin_everything(folder, sample):
 @pytest.mark.parametrize(
     ("forced", "dropped"),
     [
-        ("grads", {"grads", "influence", "rankings", "self_influence", "self_ranking"}),
-        ("stest", {"stest", "influence", "rankings"}),
-        ("influence", {"influence", "rankings"}),
+        ("grads", {"grads", *MATRIX, "self_influence", "self_ranking"}),
+        ("stest", {"stest", *MATRIX}),
+        ("influence", MATRIX),
         ("rankings", {"rankings"}),
+        ("by_layer", {"by_layer", "layer_shares"}),
         ("self_influence", {"self_influence", "self_ranking"}),
     ],
 )

@@ -17,6 +17,7 @@ from tests.tasks import TASKS
 
 QUIET = {"progress": False}
 OPTIONS = {"damping": 0.1, "block_rows": 4, **QUIET}
+ACCUMULATOR = "influence.tile"
 
 
 @pytest.fixture
@@ -117,13 +118,13 @@ def test_a_killed_tile_goes_on_from_its_sums_with_the_same_bits(matrix, stop, sl
         before = steps_of(run, patched, stop)
         with pytest.raises(RuntimeError, match="stopped"):
             run.influence()
-    assert read_header(run.path / contraction.ACCUMULATOR).facts["steps"] > 0
+    assert read_header(run.path / ACCUMULATOR).facts["steps"] > 0
     after = steps_of(run, monkeypatch)
     again = Run(run.path, wide(), **QUIET)
     again.influence()
     assert len(before) == stop
     assert not set(before) & set(after), "no step is done twice"
-    assert not (run.path / contraction.ACCUMULATOR).exists()
+    assert not (run.path / ACCUMULATOR).exists()
     name = "influence.npy" if matrix else "rankings.npz"
     assert (run.path / name).read_bytes() == (calm.path / name).read_bytes()
 
@@ -146,7 +147,7 @@ def test_an_interrupted_tile_is_kept_if_it_is_worth_it(worth, there, slabs_of, m
     monkeypatch.setattr(contraction.Sums, "keep", keep)
     with pytest.raises(Interrupted):
         run.influence()
-    assert (run.path / contraction.ACCUMULATOR).exists() == there
+    assert (run.path / ACCUMULATOR).exists() == there
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "other"])
@@ -159,7 +160,7 @@ def test_sums_that_are_damaged_or_of_another_tile_are_left_alone(damage, slabs_o
         steps_of(run, patched, 7)
         with pytest.raises(RuntimeError, match="stopped"):
             run.influence()
-    file = run.path / contraction.ACCUMULATOR
+    file = run.path / ACCUMULATOR
     content = bytearray(file.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1
@@ -172,7 +173,7 @@ def test_sums_that_are_damaged_or_of_another_tile_are_left_alone(damage, slabs_o
             steps_of(other, patched, 9)
             with pytest.raises(RuntimeError, match="stopped"):
                 other.influence()
-        content = (other.path / contraction.ACCUMULATOR).read_bytes()
+        content = (other.path / ACCUMULATOR).read_bytes()
     file.write_bytes(bytes(content))
     again = Run(run.path, wide(), **QUIET)
     again.influence()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from infl_cache.disk.layout import blocks
 from infl_cache.maths.capture import Forms, Layer
 from infl_cache.maths.params import Parameters
+from infl_cache.maths.parts import whole
 from infl_cache.stages.schedule import Order, Room, Unit, best_order, order_of_rows, slab_bytes_moved, slabs
 
 
@@ -40,7 +41,7 @@ def test_slabs_cover_every_number_of_every_row_once_and_keep_to_their_size(sizes
         return
     forms = forms_of(sizes, plain)
     seen = np.zeros((rows, forms.parameters.size), int)
-    for slab in slabs(forms, rows, 4, slab_bytes, chunk):
+    for slab in slabs(whole(forms), rows, 4, slab_bytes, chunk):
         for at in slab.part.columns:
             seen[slab.start : slab.stop, at] += 1
         held = 4 * (slab.stop - slab.start) * slab.part.size
