@@ -246,7 +246,7 @@ def test_a_finished_run_does_nothing_again(calm):
     assert not Run(calm.path, wide(), by_layer=False, **QUIET).influence().beside
 
 
-def test_test_samples_that_come_later_are_added(tmp_path):
+def test_test_samples_that_come_later_are_added(monkeypatch, tmp_path):
     task, path = tasks.mlp(n_train=15, n_test=11), tmp_path / "r"
     first = made(path, task, test="1:6")
     check(first)
@@ -256,6 +256,13 @@ def test_test_samples_that_come_later_are_added(tmp_path):
     records = RunFolder(path).records("by_layer")
     more = Run(path, task, test="8:", **QUIET)
     more.grads(), more.stest()
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "_open_matrices", None)
+        with pytest.raises(TypeError):
+            more.influence()
+    for read in (more.by_layer, more.layer_shares, first.by_layer):
+        with pytest.raises(IncompleteStore, match="not finished; run infl-cache influence --by-layer"):
+            read()
     (added,) = more.influence().beside
     assert (added.rows, added.computed) == (3 * 8, 3 * 3)
     check(more)
@@ -280,7 +287,7 @@ def test_test_samples_that_come_later_are_added(tmp_path):
 def test_samples_that_are_skipped_are_nan_and_out_of_the_shares(tmp_path):
     task = tasks.mlp()
     task.test.tensors[0][2] = torch.inf
-    task.train.tensors[0][5] = torch.inf
+    task.train.tensors[0][5, 0] = torch.inf  # which the first layer's gradient alone multiplies
     run = made(tmp_path / "r", task, nonfinite="skip", curvature="fisher", solver="fisher")
     kept, rest = [0, 1, 3], [0, 1, 2, 3, 4, 6, 7, 8, 9]
     for values in run.by_layer().values():
