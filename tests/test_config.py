@@ -61,7 +61,15 @@ def words(name):
     ]
 
 
-options = st.fixed_dictionaries({}, optional={name: allowed(name) for name in HINTS}).map(Options.resolve)
+def contradictory(given):
+    return given.get("by_layer", False) and not given.get("matrix", True)
+
+
+options = (
+    st.fixed_dictionaries({}, optional={name: allowed(name) for name in HINTS})
+    .filter(lambda given: not contradictory(given))
+    .map(Options.resolve)
+)
 
 
 def wrong_types(name):

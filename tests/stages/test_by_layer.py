@@ -1,5 +1,7 @@
 """What each layer gives is what its own columns give; the layers sum to the matrix, and their shares to one."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -72,8 +74,13 @@ def check(run, tolerance=1e-6):
     assert shares.share_of_all.sum() == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", sorted(set(TASKS) - {"branching"}))
+MODELS = sorted(set(TASKS) - {"branching"})
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float64) for name in MODELS), *((name, torch.float32) for name in ("convnet", "mlp", "tied"))],
+)
 def test_layers_equal_their_columns_in_numpy_and_sum_to_the_matrix(name, dtype, tmp_path):
     run = made(tmp_path / "r", TASKS[name](dtype))
     check(run)
@@ -173,6 +180,21 @@ def calm(tmp_path_factory):
         return made(tmp_path_factory.mktemp("calm") / "r", wide())
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that is done but for the layers."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(whole_stage, "TILE_COLUMNS", 4)
+        return made(tmp_path_factory.mktemp("finished") / "r", wide(), by_layer=False).path
+
+
+def layers_of(path):
+    """The same, with the layers."""
+    run = Run(path, wide(), by_layer=True, **QUIET)
+    run.influence()
+    return run
+
+
 def same_files(run, calm):
     for name in ("influence_by_layer.npy", "by_layer.npz", "influence.npy"):
         assert (run.path / name).read_bytes() == (calm.path / name).read_bytes(), name
@@ -181,13 +203,13 @@ def same_files(run, calm):
 
 
 @pytest.mark.parametrize("stop", [0, 1, 10, 25])
-def test_a_killed_run_goes_on_with_the_same_bits(stop, calm, monkeypatch, tmp_path):
-    Run(tmp_path / "r", wide(), **OPTIONS).all()
+def test_a_killed_run_goes_on_with_the_same_bits(stop, calm, finished, monkeypatch, tmp_path):
+    shutil.copytree(finished, tmp_path / "r")
     monkeypatch.setattr(contraction, "KEEP_SECONDS", 0.0)
     with monkeypatch.context() as patched:
         before = steps_of(None, patched, stop)
         with pytest.raises(RuntimeError, match="stopped"):
-            made(tmp_path / "r", wide())
+            layers_of(tmp_path / "r")
     assert not (tmp_path / "r" / "influence_by_layer.npy").exists()
     with pytest.raises(IncompleteStore, match=r"not finished; run infl-cache influence --by-layer"):
         Run(tmp_path / "r").by_layer()
@@ -217,8 +239,8 @@ def test_the_sums_of_a_job_are_kept_and_no_other_job_takes_them(calm, monkeypatc
 
 
 @pytest.mark.parametrize("where", ["commit 0", "commit 3", "_open_matrices", "_finish", "_write_shares", "shares_of"])
-def test_a_kill_between_two_acts_leaves_what_can_be_finished(where, calm, monkeypatch, tmp_path):
-    Run(tmp_path / "r", wide(), **OPTIONS).all()
+def test_a_kill_between_two_acts_leaves_what_can_be_finished(where, calm, finished, monkeypatch, tmp_path):
+    shutil.copytree(finished, tmp_path / "r")
     plain, seen = RunFolder.commit, []
 
     def killed(*given, **more):
@@ -232,18 +254,19 @@ def test_a_kill_between_two_acts_leaves_what_can_be_finished(where, calm, monkey
         commits = where.startswith("commit")
         patched.setattr(*(RunFolder, "commit", commit) if commits else (stage, where, killed))
         with pytest.raises(RuntimeError, match="killed"):
-            made(tmp_path / "r", wide())
+            layers_of(tmp_path / "r")
     again = Run(tmp_path / "r", wide(), **QUIET)
     again.influence()
     same_files(again, calm)
 
 
-def test_a_finished_run_does_nothing_again(calm):
-    times = [(calm.path / name).stat().st_mtime_ns for name in ("influence_by_layer.npy", "by_layer.npz")]
-    result = Run(calm.path, wide(), **QUIET).influence()
+def test_a_finished_run_does_nothing_again(calm, tmp_path):
+    path = shutil.copytree(calm.path, tmp_path / "r")
+    times = [(path / name).stat().st_mtime_ns for name in ("influence_by_layer.npy", "by_layer.npz")]
+    result = Run(path, wide(), **QUIET).influence()
     assert [(each.stage, each.rows, each.computed) for each in result.beside] == [("by_layer", 14, 0)]
-    assert times == [(calm.path / name).stat().st_mtime_ns for name in ("influence_by_layer.npy", "by_layer.npz")]
-    assert not Run(calm.path, wide(), by_layer=False, **QUIET).influence().beside
+    assert times == [(path / name).stat().st_mtime_ns for name in ("influence_by_layer.npy", "by_layer.npz")]
+    assert not Run(path, wide(), by_layer=False, **QUIET).influence().beside
 
 
 def test_test_samples_that_come_later_are_added(monkeypatch, tmp_path):
@@ -302,7 +325,7 @@ def test_samples_that_are_skipped_are_nan_and_out_of_the_shares(tmp_path):
 
 @pytest.mark.parametrize("place", [200, -3])
 def test_a_damaged_file_is_noticed_named_and_made_anew_when_it_is_removed(place, calm, tmp_path):
-    run = made(tmp_path / "r", wide())
+    run = Run(shutil.copytree(calm.path, tmp_path / "r"), wide(), **QUIET)
     file = run.path / "influence_by_layer.npy"
     data = bytearray(file.read_bytes())
     data[place] ^= 1
@@ -323,7 +346,7 @@ def test_a_damaged_file_is_noticed_named_and_made_anew_when_it_is_removed(place,
 
 
 def test_damaged_shares_are_noticed_and_made_anew(calm, tmp_path):
-    run = made(tmp_path / "r", wide())
+    run = Run(shutil.copytree(calm.path, tmp_path / "r"), wide(), **QUIET)
     file = run.path / "by_layer.npz"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(DamagedStore, match=r"by_layer\.npz"):
