@@ -90,7 +90,8 @@ def checked_layers(folder: RunFolder) -> dict[int, BlockRecord]:
     if folder.records(STAGE) and not any((folder.path / name).exists() for name in (BY_LAYER, BY_LAYER_PARTIAL)):
         raise DamagedStore(f"{folder.path / BY_LAYER}: expected influences by layer, found no file; {REMEDY}")
     remedy = f"remove that file and {REMEDY}"
-    return check_tiles(folder, STAGE, covered_tiles(folder), remedy, layer_names(folder))
+    called = [name or MODEL for name in layer_names(folder)]
+    return check_tiles(folder, STAGE, covered_tiles(folder), remedy, called)
 
 
 def has_layers(folder: RunFolder) -> bool:

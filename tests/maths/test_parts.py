@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infl_cache.maths.capture import capture
-from infl_cache.maths.parts import by_module, joined, units, whole
+from infl_cache.maths.parts import by_module, joined, units, units_of, whole
 from infl_cache.maths.scores import add_factored_scores, plain_scores, queries, scores
 from infl_cache.maths.task import evaluating
 from tests.driving import CPU, decided, one_batch
@@ -33,7 +33,9 @@ def test_parts_cover_every_number_once_and_their_scores_add_up(name, form):
     s_test = torch.randn(3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = s_test @ gradient_rows(task, range(len(captured.loss))).T
     cut = units(forms)
-    for parts in (cut, list(by_module(forms).values()), [whole(forms)], [joined(cut)]):
+    modules = list(by_module(forms).values())
+    smaller = [unit for part in modules for unit in units_of(part)]
+    for parts in (cut, modules, smaller, [whole(forms)], [joined(cut)]):
         assert (covered(parts, size) == 1).all()
         total = torch.zeros(3, len(captured.loss), dtype=torch.float64)
         for part in parts:

@@ -74,6 +74,14 @@ def check(run, tolerance=1e-6):
     assert shares.share_of_all.sum() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """An undisturbed run."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(whole_stage, "TILE_COLUMNS", 4)
+        return made(tmp_path_factory.mktemp("calm") / "r", wide())
+
+
 MODELS = sorted(set(TASKS) - {"branching"})
 
 
@@ -91,10 +99,9 @@ def test_layers_equal_their_columns_in_numpy_and_sum_to_the_matrix(name, dtype, 
 
 @pytest.mark.parametrize(
     "given",
-    [{"form": "dense"}, {"layer_forms": "*=factored"}, {"memory": "4KB"}, {"memory": "4KB", "form": "dense"},
-     {"codec": "none", "layer_forms": "*=factored"}],
+    [{"layer_forms": "*=factored", "codec": "none"}, {"memory": "4KB"}, {"memory": "4KB", "form": "dense"}],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("make", [TASKS["tied"], wide], ids=["tied", "wide"])
 def test_forms_and_memory_change_nothing(make, given, monkeypatch, tmp_path):
     monkeypatch.setattr("infl_cache.disk.layout.CHUNK_BYTES", 2000)
@@ -102,16 +109,15 @@ def test_forms_and_memory_change_nothing(make, given, monkeypatch, tmp_path):
     check(made(tmp_path / "r", make(), **given))
 
 
-def test_products_in_bfloat16_are_near(tmp_path):
-    run, exact = (made(tmp_path / kind, wide(), product_dtype=kind) for kind in ("bfloat16", "float32"))
-    for name, values in exact.by_layer().items():
+def test_products_in_bfloat16_are_near(calm, tmp_path):
+    run = made(tmp_path / "r", wide(), product_dtype="bfloat16")
+    for name, values in calm.by_layer().items():
         assert 0 < np.linalg.norm(run.by_layer()[name] - values) < 2e-2 * np.linalg.norm(values)
 
 
-def test_gradients_that_are_not_kept_are_made_once_for_all_layers(monkeypatch, tmp_path):
+def test_gradients_that_are_not_kept_are_made_once_for_all_layers(calm, monkeypatch, tmp_path):
     seen, plain = [], source.capture
     monkeypatch.setattr(source, "capture", lambda *given: (seen.append(1), plain(*given))[1])
-    kept = made(tmp_path / "kept", wide())
     run = Run(tmp_path / "r", wide(), **{**OPTIONS, "tile_rows": 7}, cache=False)
     run.all()
     once = len(seen)
@@ -119,7 +125,7 @@ def test_gradients_that_are_not_kept_are_made_once_for_all_layers(monkeypatch, t
     assert once > 0
     assert len(seen) == 2 * once
     for name, values in run.by_layer().items():
-        np.testing.assert_allclose(values, kept.by_layer()[name], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(values, calm.by_layer()[name], rtol=1e-4, atol=1e-6)
 
 
 def test_each_store_is_read_once(monkeypatch, tmp_path):
@@ -173,14 +179,6 @@ def test_shares_of_a_linear_model_in_closed_form(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory):
-    """An undisturbed run."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(whole_stage, "TILE_COLUMNS", 4)
-        return made(tmp_path_factory.mktemp("calm") / "r", wide())
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run that is done but for the layers."""
     with pytest.MonkeyPatch.context() as patched:
@@ -202,7 +200,7 @@ def same_files(run, calm):
     assert not list(run.path.glob("*.partial.npy"))
 
 
-@pytest.mark.parametrize("stop", [0, 1, 10, 25])
+@pytest.mark.parametrize("stop", [1, 25])
 def test_a_killed_run_goes_on_with_the_same_bits(stop, calm, finished, monkeypatch, tmp_path):
     shutil.copytree(finished, tmp_path / "r")
     monkeypatch.setattr(contraction, "KEEP_SECONDS", 0.0)
@@ -238,7 +236,7 @@ def test_the_sums_of_a_job_are_kept_and_no_other_job_takes_them(calm, monkeypatc
         np.testing.assert_allclose(run.by_layer()[name], values, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("where", ["commit 0", "commit 3", "_open_matrices", "_finish", "_write_shares", "shares_of"])
+@pytest.mark.parametrize("where", ["commit 3", "_open_matrices", "_finish", "_write_shares"])
 def test_a_kill_between_two_acts_leaves_what_can_be_finished(where, calm, finished, monkeypatch, tmp_path):
     shutil.copytree(finished, tmp_path / "r")
     plain, seen = RunFolder.commit, []
