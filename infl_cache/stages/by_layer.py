@@ -21,6 +21,7 @@ from infl_cache.disk.durable import sync_folders, write_atomically
 from infl_cache.disk.layout import Block
 from infl_cache.disk.matrix import MatrixFile, create_matrix
 from infl_cache.disk.run import RunFolder
+from infl_cache.disk.trial import allocated_bytes
 from infl_cache.maths.capture import Forms
 from infl_cache.maths.parts import Part, by_module
 from infl_cache.progress import progress
@@ -35,6 +36,7 @@ from infl_cache.stages.layers import (
     shares_of,
 )
 from infl_cache.stages.opening import Opened, StageResult, summary
+from infl_cache.stages.room import require_room
 from infl_cache.stages.tally import column_mask, commit_rows
 from infl_cache.stages.tiles import in_layer, matrix_tests, planned_tiles, tested
 
@@ -54,6 +56,7 @@ def by_layer(run: Opened) -> StageResult:
         every.sort(key=lambda job: (job.tile.test.index, job.layer, job.tile.index))
     todo = [job for job in every if in_layer(job.tile, job.layer or 0, len(parts)) not in done]
     if todo:
+        _require_room(run, len(names))
         _compute(run, names, every, todo)
     _finish(folder)
     _write_shares(run, parts, bool(todo))
@@ -85,6 +88,14 @@ def _plan(run: Opened, names: Sequence[str], n_blocks: int) -> dict[str, Any]:
     chunk_columns = stored["dense"].chunk_row_shape[0] if "dense" in stored else 1
     sizes = {"slab_bytes": max(1, run.budget // 4), "chunk_columns": chunk_columns}
     return {"n_rows": n_blocks, "block_rows": 1, "layers": list(names), **sizes}
+
+
+def _require_room(run: Opened, n_layers: int) -> None:
+    """`DiskFull` unless the whole file fits on the disk; what is on the disk of it counts."""
+    n_test, n_train = len(run.task.test), len(run.task.train)
+    there = sum(allocated_bytes(run.folder.path / name) for name in (BY_LAYER, BY_LAYER_PARTIAL))
+    what = f"the influences of {n_layers:,} layers, {n_train:,} training on {n_test:,} test samples"
+    require_room(run.folder, "by-layer", 4 * n_layers * n_test * n_train - there, what, "or --no-by-layer")
 
 
 def _open_matrices(run: Opened, n_layers: int, anew: bool) -> MatrixFile:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from infl_cache import BadInput, DamagedStore, IncompleteStore, Run
+from infl_cache import BadInput, DamagedStore, DiskFull, IncompleteStore, Run
 from infl_cache.__main__ import main
 from infl_cache.disk.reader import BlockReader
 from infl_cache.disk.run import RunFolder
 from infl_cache.disk.state import read_header
 from infl_cache.stages import by_layer as stage
-from infl_cache.stages import contraction, source
+from infl_cache.stages import contraction, room, source
 from infl_cache.stages import influence as whole_stage
 from infl_cache.stages.layers import LayerShares
 from infl_cache.stages.report import report
@@ -352,6 +352,18 @@ def test_damaged_shares_are_noticed_and_made_anew(calm, tmp_path):
     assert "by_layer.npz" in verify(RunFolder(run.path), show=False)[0]
     Run(run.path, wide(), **QUIET).influence()
     same_files(run, calm)
+
+
+def test_the_file_needs_room_on_the_disk(calm, finished, monkeypatch, tmp_path):
+    path, needed = shutil.copytree(finished, tmp_path / "r"), 4 * 2 * 7 * 30
+    monkeypatch.setattr(room, "free_bytes", lambda path: needed - 1)
+    with pytest.raises(
+        DiskFull, match=r"by-layer: expected 1\.7 kB free for the influences of 2 layers.*--no-by-layer"
+    ):
+        layers_of(path)
+    assert not list(path.glob("influence_by_layer*"))
+    monkeypatch.setattr(room, "free_bytes", lambda path: needed)
+    same_files(layers_of(path), calm)
 
 
 def test_force_on_the_matrix_drops_the_layers(tmp_path):
