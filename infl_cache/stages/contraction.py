@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,11 @@ Step = tuple[Job, Slab, Block]
 Cut = Mapping[tuple[int | None, int], Sequence[Slab]]
 
 
+def sums_of(folder: Path, stage: str) -> Path:
+    """Where the sums of a stage's tile are kept until the tile is a fact."""
+    return folder / f"{stage}.tile"
+
+
 def tile_values(
     run: Opened, forms: Forms, todo: Sequence[Tile], advance: Callable[[int], None]
 ) -> Iterator[tuple[Tile, Floats, float]]:
@@ -70,8 +76,9 @@ def job_values(
     dtype = product_dtype(run)
     narrow = torch.bfloat16 if run.options.influence.product_dtype == "bfloat16" else None
     with solution_reader(run) as read_test, piece_reader(run, forms, dtype) as read_train:
-        path = run.folder.path / f"{stage}.tile"
-        kept = KeptState(path, "the sums of a tile", "the tile starts at its beginning", log.warning)
+        kept = KeptState(
+            sums_of(run.folder.path, stage), "the sums of a tile", "the tile starts at its beginning", log.warning
+        )
         cut = _cut(run, stage, todo)
         following = itertools.chain(_steps(todo, cut), [None])
         next(following)

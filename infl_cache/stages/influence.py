@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from infl_cache.disk.durable import sync_folders
+from infl_cache.disk.durable import remove, sync_folders
 from infl_cache.disk.layout import ArrayLayout
 from infl_cache.disk.matrix import MatrixFile, create_matrix
 from infl_cache.disk.run import Force, RunFolder
@@ -24,13 +24,13 @@ from infl_cache.maths.capture import Forms
 from infl_cache.maths.parts import units
 from infl_cache.progress import progress
 from infl_cache.stages.blocks import some
-from infl_cache.stages.contraction import product_dtype, tile_values
+from infl_cache.stages.contraction import product_dtype, sums_of, tile_values
 from infl_cache.stages.grads import grads
 from infl_cache.stages.opening import Opened, StageResult, log, summary
 from infl_cache.stages.rankings import ROOM, has_matrix, new_standings, write_rankings
 from infl_cache.stages.room import require_room_for_influence
 from infl_cache.stages.same import check_against_store
-from infl_cache.stages.schedule import Order, Room, Unit, best_order, order_of_rows
+from infl_cache.stages.schedule import Order, Room, Unit, best_order, most_rows, order_of_rows
 from infl_cache.stages.selection import asked_tests, held_tests
 from infl_cache.stages.solutions import solution_layout
 from infl_cache.stages.standings import Standings
@@ -142,10 +142,13 @@ def _plan(run: Opened) -> dict[str, Any]:
     grads, stored = run.folder.plan("grads"), {each.path: each for each in run.folder.array_layouts("grads")}
     chunk_columns = stored["dense"].chunk_row_shape[0] if "dense" in stored else 1
     order = _order(run, Forms.from_json(grads["forms"]), stored)
-    rows = min(run.options.resources.tile_rows or order.rows, len(run.task.test))
+    asked, n_test = run.options.resources.tile_rows, len(run.task.test)
+    test_bytes = run.parameters.size * np.dtype(solution_layout(run).dtype).itemsize
+    most = most_rows(order, test_bytes, _room(run.budget, product_dtype(run).itemsize))
     tile_blocks = -(-order.columns // grads["block_rows"])
-    tests = uncovered(run.folder, 0, rows)
-    sizes = {"tile_rows": rows, "tile_blocks": tile_blocks, "tests": tests}
+    tests = uncovered(run.folder, 0, min(asked or order.rows, n_test))
+    # Test samples that come later share tiles, however few there are now.
+    sizes = {"tile_rows": min(asked or most, n_test), "tile_blocks": tile_blocks, "tests": tests}
     if order.slab_bytes:
         sizes |= {"slab_bytes": order.slab_bytes, "chunk_columns": chunk_columns}
     if not run.options.influence.matrix:
@@ -170,7 +173,7 @@ def order_for(
 
     Gradients that are not kept are made whole, for rows of s_test that stay (`staying`).
     """
-    room = Room(budget // 4, budget // 8, itemsizes[1])
+    room = _room(budget, itemsizes[1])
     found = []
     for part in units(forms):
         paths = wanted_arrays(stored, part)[0]
@@ -179,6 +182,10 @@ def order_for(
         found.append(Unit(part.size * itemsizes[0], n_bytes, cut))
     columns = min(counts[1], max(1, TILE_COLUMNS // block_rows) * block_rows)
     return (order_of_rows if staying else best_order)(*counts, found, room, columns)
+
+
+def _room(budget: int, number: int) -> Room:
+    return Room(budget // 4, budget // 8, number)
 
 
 def _row_bytes(layout: ArrayLayout) -> int:
@@ -250,7 +257,8 @@ def _compute(
 
 
 def _finish(folder: RunFolder) -> None:
-    """Give the complete matrix its name."""
+    """Give the complete matrix its name; a kill may have left the sums of its last tile."""
     if (folder.path / PARTIAL).exists():
         os.replace(folder.path / PARTIAL, folder.path / FINAL)
         sync_folders([folder.path])
+    remove([sums_of(folder.path, "influence")])

@@ -93,6 +93,14 @@ def order_of_rows(n_test: int, n_train: int, units: Sequence[Unit], room: Room, 
     return Order(rows, columns, 0, n_test * s + -(-n_test // rows) * n_train * g)
 
 
+def most_rows(order: Order, test_bytes: int, room: Room) -> int:
+    """Rows of a tile as wide as those of `order` that the room has place for: of test samples that come later."""
+    fitting = room.accumulator // (room.number * order.columns)
+    if not order.slab_bytes:
+        fitting = min(fitting, room.s_test // test_bytes)
+    return max(order.rows, fitting)
+
+
 def slab_bytes_moved(n_test: int, n_train: int, units: Sequence[Unit], room: Room, rows: int, columns: int) -> int:
     """Bytes that are read if a tile of `rows` by `columns` stays."""
     s = sum(unit.test_bytes for unit in units)

@@ -179,3 +179,34 @@ def test_sums_that_are_damaged_or_of_another_tile_are_left_alone(damage, slabs_o
     again.influence()
     assert relative(again.scores(), expected_matrix(again)) <= 1e-6
     assert ("starts at its beginning" in caplog.text) == (damage != "other")
+
+
+def test_sums_do_not_outlive_the_tile_that_a_kill_left_them_with(slabs_of, monkeypatch, tmp_path):
+    """Killed between the ledger and the removal of the sums: nothing is left to do but to remove them."""
+    slabs_of(7, 30, 10_000)
+    run = Run(tmp_path / "r", wide(), **OPTIONS)
+    run.grads(), run.stest()
+    monkeypatch.setattr(contraction, "KEEP_SECONDS", 0.0)
+
+    def stopping(self):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(contraction.Sums, "forget", stopping)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run.influence()
+    assert (run.path / ACCUMULATOR).exists()
+    Run(run.path, wide(), **QUIET).influence()
+    assert not (run.path / ACCUMULATOR).exists()
+
+
+@pytest.mark.parametrize("slab_bytes", [0, 10_000])
+def test_test_samples_that_come_later_have_tiles_as_large_as_memory_allows(slab_bytes, monkeypatch, tmp_path):
+    """The plan was made for one of them: the others do not pass one by one."""
+    if slab_bytes:
+        monkeypatch.setattr(stage, "best_order", lambda *given: Order(1, 30, slab_bytes, 0))
+    for test in ("0", "all"):
+        run = Run(tmp_path / "r", wide(), test=test, **OPTIONS)
+        run.all()
+    assert len(run.folder.plan("influence")["tests"]) == 2
+    assert relative(run.scores(), expected_matrix(run)) <= 1e-6
