@@ -2,7 +2,8 @@
 
 Zarr reads the same files with a new buffer for every step on the way; `Store.read_block` is the slow twin, and what
 reads single rows. Nothing is decoded before size and checksum of its file are those of the ledger. Chunks that are
-not compressed are mapped, not copied.
+not compressed are read, too: to map them took 1.3 times as long, the time of page faults (a product of 20 rows with
+8 GB of plain rows in the page cache, scripts/bench_influence.py).
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import google_crc32c
 import numpy as np
@@ -30,6 +32,10 @@ DECODERS = os.cpu_count() or 1
 # Where Blosc's header says how many bytes come out.
 _SIZE = slice(4, 8)
 Bytes = NDArray[np.uint8]
+Result = TypeVar("Result")
+Work = Callable[[], object]
+# A chunk's file, and which part of a block it holds.
+Placed = tuple[FileRecord, tuple[slice, ...]]
 # Of which arrays of plain rows only some columns are wanted, and which.
 Columns = Mapping[str, slice]
 EVERY: Columns = {}
@@ -51,18 +57,23 @@ def plain_room(size: int) -> Bytes:
 class BlockReader:
     """Reads whole blocks; what it returned is overwritten by the `slots`-th reading after it.
 
-    `room` gives the memory (of a kind that a GPU copies fast, say), `records` the committed blocks.
+    `room` gives the memory (of a kind that a GPU copies fast, say), `records` the committed blocks; each of the
+    `threads` first does `begin`.
     """
 
     def __init__(
         self, store: Store, codec: Codec, records: Mapping[int, BlockRecord],
-        room: Callable[[int], Bytes] = plain_room, slots: int = 1,
+        room: Callable[[int], Bytes] = plain_room, slots: int = 1, threads: int = DECODERS,
+        begin: Callable[[], object] = lambda: None,
     ) -> None:  # fmt: skip
         self._store, self._codec, self._records, self._room = store, codec, records, room
         self._slots: list[dict[str, Bytes]] = [{} for _ in range(slots)]
         self._next = 0
         self._local = threading.local()
-        self._pool = ThreadPoolExecutor(DECODERS)
+        self._pool = ThreadPoolExecutor(threads, initializer=begin)
+        # All threads begin now, and not in the middle of something.
+        every = threading.Barrier(threads)
+        list(self._pool.map(lambda _: every.wait(), range(threads)))
 
     def close(self) -> None:
         """Let the threads go."""
@@ -76,26 +87,57 @@ class BlockReader:
         """
         slot = self._slots[self._next]
         self._next = (self._next + 1) % len(self._slots)
-        files = self._files(block)
         found: dict[str, list[Piece]] = {}
-        work: list[Callable[[], object]] = []
+        work: list[Work] = []
         for path in paths:
-            layout = self._store.layouts[path]
-            parts = [
-                (self._named(files, block, path, key), part)
-                for key, part in chunk_parts(layout, block).items()
-                if _overlaps(part, columns.get(path))
-            ]
-            if self._codec.name == "none" and (plain(layout) or layout.chunk_row_shape == layout.row_shape):
-                pieces = self._mapped(layout, block, parts, work)
-            elif plain(layout) and layout.chunk_row_shape != layout.row_shape:
-                pieces = self._in_columns(layout, block, parts, slot, work)
-            else:
-                pieces = [self._decoded(layout, block, parts, slot, work)]
-            found[path] = [_cut(each, columns[path]) for each in pieces] if path in columns else pieces
+            at = columns.get(path)
+            found[path] = self._pieces(block, path, self._parts(block, path, at), at, slot, work)
+        self._do(work)
+        return found
+
+    def each(self, block: Block, path: str, columns: slice | None, then: Callable[[Piece], Result]) -> Iterator[Result]:
+        """What `then` makes of each chunk of an array of plain rows, in order.
+
+        The thread that decoded a chunk also does `then`, while its cache holds it; nothing of the piece may be kept.
+        """
+        layout, few = self._store.layouts[path], [[placed] for placed in self._parts(block, path, columns)]
+
+        def done(parts: list[Placed]) -> Result:
+            slot: dict[str, Bytes] = self._local.__dict__.setdefault("slot", {})
+            work: list[Work] = []
+            (piece,) = self._pieces(block, layout.path, parts, columns, slot, work)
+            for step in work:
+                step()
+            return then(piece)
+
+        return self._pool.map(done, few)
+
+    def _parts(self, block: Block, path: str, columns: slice | None) -> list[Placed]:
+        """The files of the chunks that are wanted, and which part of the block each is."""
+        files = self._files(block)
+        return [
+            (self._named(files, block, path, key), part)
+            for key, part in chunk_parts(self._store.layouts[path], block).items()
+            if _overlaps(part, columns)
+        ]
+
+    def _pieces(
+        self, block: Block, path: str, parts: list[Placed], columns: slice | None, slot: dict[str, Bytes],
+        work: list[Work],
+    ) -> list[Piece]:  # fmt: skip
+        """Pieces that are filled once the `work` is done."""
+        layout = self._store.layouts[path]
+        if self._codec.name == "none" and (plain(layout) or layout.chunk_row_shape == layout.row_shape):
+            pieces = self._as_they_are(layout, block, parts, slot, work)
+        elif plain(layout):
+            pieces = self._one_by_one(layout, block, parts, slot, work)
+        else:
+            pieces = [self._joined(layout, block, parts, slot, work)]
+        return pieces if columns is None else [_cut(each, columns) for each in pieces]
+
+    def _do(self, work: list[Work]) -> None:
         for _ in self._pool.map(lambda each: each(), work):
             pass  # an error of a thread is raised here
-        return found
 
     def expect(self, block: Block, paths: Iterable[str], columns: Columns = EVERY) -> None:
         """Ask the system to fetch what will be read next; returns at once."""
@@ -135,9 +177,9 @@ class BlockReader:
             )
         return files[name]
 
-    def _decoded(
-        self, layout: ArrayLayout, block: Block, parts: list[tuple[FileRecord, tuple[slice, ...]]],
-        slot: dict[str, Bytes], work: list[Callable[[], object]],
+    def _joined(
+        self, layout: ArrayLayout, block: Block, parts: list[Placed],
+        slot: dict[str, Bytes], work: list[Work],
     ) -> Piece:  # fmt: skip
         """Room for the block's rows, to be filled by `work`; a chunk of whole rows is decoded where it belongs."""
         rows = -(-block.rows // layout.chunk_rows) * layout.chunk_rows
@@ -145,19 +187,19 @@ class BlockReader:
         for record, part in parts:
             if layout.chunk_row_shape == layout.row_shape:
                 target = whole[part[0].start : part[0].start + layout.chunk_rows]
-                work.append(lambda record=record, target=target: self._decode(record, block, target))  # type: ignore[misc]
+                work.append(partial(self._decode, record, block, target))
             else:
-                work.append(lambda record=record, part=part: self._put(record, block, layout, whole[part]))  # type: ignore[misc]
+                work.append(partial(self._put, record, block, layout, whole[part]))
         return Piece(slice(0, block.rows), _all_columns(layout), whole[: block.rows])
 
-    def _in_columns(
-        self, layout: ArrayLayout, block: Block, parts: list[tuple[FileRecord, tuple[slice, ...]]],
-        slot: dict[str, Bytes], work: list[Callable[[], object]],
+    def _one_by_one(
+        self, layout: ArrayLayout, block: Block, parts: list[Placed],
+        slot: dict[str, Bytes], work: list[Work],
     ) -> list[Piece]:  # fmt: skip
         """Room for each chunk, to be filled by `work`: columns of plain rows need not join."""
         room, pieces = self._in_slot(slot, layout, (len(parts), *layout.chunks)), []
         for target, (record, part) in zip(room, parts, strict=True):
-            work.append(lambda record=record, target=target: self._decode(record, block, target))  # type: ignore[misc]
+            work.append(partial(self._decode, record, block, target))
             pieces.append(_piece(part, target))
         return pieces
 
@@ -182,34 +224,34 @@ class BlockReader:
             raise self._damaged(record, block, f"{target.nbytes} bytes in it", "another number")
         blosc.decompress(body, target)
 
-    def _mapped(
-        self, layout: ArrayLayout, block: Block, parts: list[tuple[FileRecord, tuple[slice, ...]]],
-        work: list[Callable[[], object]],
+    def _as_they_are(
+        self, layout: ArrayLayout, block: Block, parts: list[Placed],
+        slot: dict[str, Bytes], work: list[Work],
     ) -> list[Piece]:  # fmt: skip
-        """The chunks as they lie in the page cache; `work` compares their checksums."""
-        found: list[Piece] = []
-        for record, part in parts:
-            content = self._map(record, block)
-            expected = math.prod(layout.chunks) * np.dtype(layout.dtype).itemsize
-            if len(content) != expected + CRC_BYTES:
-                raise self._damaged(record, block, f"{expected + CRC_BYTES} bytes", f"{len(content)}")
-            work.append(lambda record=record, content=content: self._checked(record, block, content))  # type: ignore[misc]
-            found.append(_piece(part, content[:expected].view(layout.dtype).reshape(layout.chunks)))
+        """The chunks as they are in their files, each in memory of its own, to be read by `work`."""
+        expected, found = math.prod(layout.chunks) * np.dtype(layout.dtype).itemsize, []
+        length = -(-(expected + CRC_BYTES + 1) // 64) * 64
+        if len(slot.get(layout.path, ())) < len(parts) * length:
+            slot[layout.path] = self._room(len(parts) * length)
+        for index, (record, part) in enumerate(parts):
+            if record.size != expected + CRC_BYTES:
+                raise self._damaged(record, block, f"{expected + CRC_BYTES} bytes", f"{record.size} in the ledger")
+            room = slot[layout.path][index * length : (index + 1) * length]
+            work.append(partial(self._read_checked, record, block, room))
+            found.append(_piece(part, room[:expected].view(layout.dtype).reshape(layout.chunks)))
         return found
 
-    def _map(self, record: FileRecord, block: Block) -> Bytes:
-        try:
-            # Copy on write: nothing gets back to the file, and torch wants memory that may be written.
-            content: Bytes = np.memmap(self._file(record), np.uint8, "c").view(np.ndarray)
-        except (OSError, ValueError) as error:
-            raise self._damaged(record, block, f"{record.size} bytes", f"none ({error})") from error
-        return content
+    def _read_checked(self, record: FileRecord, block: Block, room: Bytes) -> None:
+        self._checked(record, block, self._filled(record, block, room))
 
     def _content(self, record: FileRecord, block: Block) -> Bytes:
         """What the file holds, in memory of this thread that the next file overwrites."""
         if len(getattr(self._local, "bytes", ())) < record.size + 1:
             self._local.bytes = np.empty(record.size + 1, np.uint8)
-        room: Bytes = self._local.bytes
+        return self._filled(record, block, self._local.bytes)
+
+    def _filled(self, record: FileRecord, block: Block, room: Bytes) -> Bytes:
+        """`room` as far as the file fills it, one byte more than it should at most."""
         filled = 0
         try:
             with open(self._file(record), "rb", buffering=0) as file:

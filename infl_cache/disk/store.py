@@ -217,6 +217,11 @@ def check_file(root: Path, expected: FileRecord, recorder: Callable[[Path, Path]
         raise DamagedStore(
             f"{file}{rows}: expected {expected.size} bytes, found no file; --force starts over"
         ) from None
+    except OSError as error:  # a folder of that name, a medium that fails
+        raise DamagedStore(
+            f"{file}{rows}: expected {expected.size} bytes, found what cannot be read ({error.strerror}); restore the"
+            " file, or --force starts the stage over"
+        ) from error
     if found != expected:
         raise DamagedStore(
             f"{file}{rows}: expected {expected.size} bytes with checksum {expected.crc:08x},"

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from infl_cache.disk.durable import sync_folders, write_atomically
+from infl_cache.disk.durable import remove, sync_folders, write_atomically
 from infl_cache.disk.layout import Block
 from infl_cache.disk.matrix import MatrixFile, create_matrix
 from infl_cache.disk.run import RunFolder
@@ -25,7 +25,7 @@ from infl_cache.disk.trial import allocated_bytes
 from infl_cache.maths.capture import Forms
 from infl_cache.maths.parts import Part, by_module
 from infl_cache.progress import progress
-from infl_cache.stages.contraction import Job, job_values
+from infl_cache.stages.contraction import Job, job_values, sums_of
 from infl_cache.stages.layers import (
     BY_LAYER,
     BY_LAYER_PARTIAL,
@@ -130,10 +130,11 @@ def _compute(run: Opened, names: Sequence[str], every: Sequence[Job], todo: Sequ
 
 
 def _finish(folder: RunFolder) -> None:
-    """Give the complete file its name."""
+    """Give the complete file its name; a kill may have left the sums of its last tile."""
     if (folder.path / BY_LAYER_PARTIAL).exists():
         os.replace(folder.path / BY_LAYER_PARTIAL, folder.path / BY_LAYER)
         sync_folders([folder.path])
+    remove([sums_of(folder.path, STAGE)])
 
 
 def _write_shares(run: Opened, parts: Mapping[str, Part], anew: bool) -> None:

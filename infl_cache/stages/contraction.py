@@ -1,7 +1,7 @@
 """Tiles of the matrix from the two stores: an accumulator in memory, the parameters in slabs (see `schedule`).
 
 All parameters of a tile are summed up at a time, or those of one layer. The sums are kept meanwhile: a kill loses at
-most a few minutes of a tile, and what is carried on has the same bits.
+most a few minutes of a tile, and what is carried on with the same `--memory` has the same bits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def job_values(
                     rows = read_test(tile.test, slab.start, slab.stop, slab.part).to(narrow or dtype)
                     asked = (tile.test, slab, scores.queries(forms, rows, slab.part))
                 expected = None if after is None else (after[2], after[1].part)
-                for piece in read_train((block, slab.part), expected):
+                for piece in read_train((block, slab.part), expected, partial(scores.plain_scores, asked[2])):
                     sums.add(slab, block, piece, asked[2])
                 advance(sums.advanced(slab, block))
                 sums.keep(step + 1)
@@ -150,6 +151,8 @@ class Sums:
         """Add what a piece of a block's gradients gives."""
         first = block.start - self._tile.columns.start
         into = self._sums[slab.start : slab.stop, first + piece.rows.start : first + piece.rows.stop]
+        if piece.dots is not None:
+            into += piece.dots
         if piece.plain is not None:
             into += scores.plain_scores(asked, piece.plain, piece.start)
         if piece.factors is not None:

@@ -30,7 +30,7 @@ from infl_cache.stages.opening import Opened, StageResult, log, summary
 from infl_cache.stages.rankings import ROOM, has_matrix, new_standings, write_rankings
 from infl_cache.stages.room import require_room_for_influence
 from infl_cache.stages.same import check_against_store
-from infl_cache.stages.schedule import Order, Room, Unit, best_order, most_rows, order_of_rows
+from infl_cache.stages.schedule import Order, Room, Stores, Unit, best_order, most_rows, order_of_rows
 from infl_cache.stages.selection import asked_tests, held_tests
 from infl_cache.stages.solutions import solution_layout
 from infl_cache.stages.standings import Standings
@@ -144,7 +144,7 @@ def _plan(run: Opened) -> dict[str, Any]:
     order = _order(run, Forms.from_json(grads["forms"]), stored)
     asked, n_test = run.options.resources.tile_rows, len(run.task.test)
     test_bytes = run.parameters.size * np.dtype(solution_layout(run).dtype).itemsize
-    most = most_rows(order, test_bytes, _room(run.budget, product_dtype(run).itemsize))
+    most = most_rows(order, test_bytes, room_of(run.budget, product_dtype(run).itemsize))
     tile_blocks = -(-order.columns // grads["block_rows"])
     tests = uncovered(run.folder, 0, min(asked or order.rows, n_test))
     # Test samples that come later share tiles, however few there are now.
@@ -159,32 +159,35 @@ def _plan(run: Opened) -> dict[str, Any]:
 
 def _order(run: Opened, forms: Forms, stored: Mapping[str, ArrayLayout]) -> Order:
     """In which order the stores of this run are read."""
-    itemsize, number = np.dtype(solution_layout(run).dtype).itemsize, product_dtype(run).itemsize
     counts, block_rows = (len(held_tests(run.folder)), len(run.task.train)), run.folder.plan("grads")["block_rows"]
     staying = not run.options.grads.cache or bool(run.options.resources.tile_rows)
-    return order_for(counts, forms, stored, (itemsize, number), run.budget, block_rows, staying)
+    room = room_of(run.budget, product_dtype(run).itemsize)
+    return order_for(counts, forms, stored, solution_layout(run), room, block_rows, staying)
 
 
 def order_for(
-    counts: tuple[int, int], forms: Forms, stored: Mapping[str, ArrayLayout], itemsizes: tuple[int, int], budget: int,
+    counts: tuple[int, int], forms: Forms, stored: Mapping[str, ArrayLayout], solutions: ArrayLayout, room: Room,
     block_rows: int, staying: bool,
 ) -> Order:  # fmt: skip
-    """The order for (n_test, n_train) samples, s_test and sums of so many bytes a number.
+    """The order for (n_test, n_train) samples, whose gradients are `stored` and whose s_test are `solutions`.
 
     Gradients that are not kept are made whole, for rows of s_test that stay (`staying`).
     """
-    room = _room(budget, itemsizes[1])
+    itemsize = np.dtype(solutions.dtype).itemsize
     found = []
     for part in units(forms):
         paths = wanted_arrays(stored, part)[0]
         n_bytes = sum(_row_bytes(stored[path]) for path in paths)
-        cut = not part.names and any(stored[path].chunk_row_shape != stored[path].row_shape for path in paths)
-        found.append(Unit(part.size * itemsizes[0], n_bytes, cut))
+        cut = "dense" in paths and stored["dense"].chunk_row_shape != stored["dense"].row_shape
+        chunk = itemsize * stored["dense"].chunk_row_shape[0] if cut else 0
+        found.append(Unit(part.size * itemsize, n_bytes, chunk))
+    stores = Stores(tuple(found), itemsize * solutions.chunk_row_shape[0])
     columns = min(counts[1], max(1, TILE_COLUMNS // block_rows) * block_rows)
-    return (order_of_rows if staying else best_order)(*counts, found, room, columns)
+    return (order_of_rows if staying else best_order)(*counts, stores, room, columns)
 
 
-def _room(budget: int, number: int) -> Room:
+def room_of(budget: int, number: int) -> Room:
+    """The parts of the memory budget for s_test and for sums of so many bytes a number."""
     return Room(budget // 4, budget // 8, number)
 
 

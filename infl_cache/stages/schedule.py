@@ -13,16 +13,17 @@ bytes a number. Two orders are possible:
    matrix, each store once, however many parameters there are. If none does, `w = A / (a m)` and the sum is least
    near :math:`m = \sqrt{A g / (a s)}`; all whole numbers of tiles are tried.
 
-A slab is one factored layer or several, or a run of plain columns. The plain columns are cut to fit R; the factors of
-a layer cannot be cut, so that a layer u of s_u bytes a test sample with `m s_u > R` reads its gradients
-`ceil(m s_u / R)` times, for some of the m rows after the others. Test tiles are outermost in both orders. Which is
-chosen, and how large its tiles are, is written down in the plan of the stage: a run that is carried on with another
-`--memory` keeps its sums, to the bit.
+A slab is one factored layer or several, or a run of plain columns. The plain columns are cut to fit R; the factors of a
+layer cannot be cut, so that a layer u of s_u bytes a test sample with `m s_u > R` reads its gradients `ceil(m s_u / R)`
+times, for some of the m rows after the others. What is read is whole chunks: each slab after the first is reckoned to
+read one chunk of s_test once more, and one of plain rows where it is narrower than these. Test tiles are outermost in
+both orders. Which is chosen, and how large its tiles are, is written down in the plan of the stage: a run that is
+carried on with another `--memory` keeps its order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from infl_cache.disk.layout import blocks
@@ -31,11 +32,32 @@ from infl_cache.maths.parts import Part, joined, units_of
 
 @dataclass(frozen=True)
 class Unit:
-    """What is read together: bytes of s_test a test sample, of gradients a training sample; whether it can be cut."""
+    """What is read together: bytes of s_test a test sample, of gradients a training sample.
+
+    What can be cut is stored in chunks that belong to `chunk` bytes of a test sample; 0 if it cannot.
+    """
 
     test_bytes: int
     train_bytes: int
-    divisible: bool
+    chunk: int = 0
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Both stores: the units, and bytes of a test sample in one chunk of s_test."""
+
+    units: tuple[Unit, ...]
+    test_chunk: int
+
+    @property
+    def test_bytes(self) -> int:
+        """Of a test sample."""
+        return sum(unit.test_bytes for unit in self.units)
+
+    @property
+    def train_bytes(self) -> int:
+        """Of a training sample."""
+        return sum(unit.train_bytes for unit in self.units)
 
 
 @dataclass(frozen=True)
@@ -66,29 +88,29 @@ class Slab:
     stop: int
 
 
-def best_order(n_test: int, n_train: int, units: Sequence[Unit], room: Room, columns: int) -> Order:
+def best_order(n_test: int, n_train: int, stores: Stores, room: Room, columns: int) -> Order:
     """The order that moves the fewest bytes; its tiles have some times `columns` training samples, or all of them.
 
-    >>> units = [Unit(400, 40, False)] * 10
-    >>> best_order(100, 1000, units, Room(10**6, 10**6), 50)  # all of s_test fits
+    >>> stores = Stores((Unit(400, 40),) * 10, test_chunk=400)
+    >>> best_order(100, 1000, stores, Room(10**6, 10**6), 50)  # all of s_test fits
     Order(rows=100, columns=50, slab_bytes=0, n_bytes=800000)
-    >>> best_order(100, 1000, units, Room(10**5, 10**6), 50)  # only the matrix does
-    Order(rows=100, columns=1000, slab_bytes=100000, n_bytes=800000)
+    >>> best_order(100, 1000, stores, Room(10**5, 10**6), 50)  # only the matrix does
+    Order(rows=100, columns=1000, slab_bytes=100000, n_bytes=960000)
     """
     columns = min(columns, n_train)
-    staying = order_of_rows(n_test, n_train, units, room, columns)
+    staying = order_of_rows(n_test, n_train, stores, room, columns)
     found = [staying]
     for rows in sorted({-(-n_test // tiles) for tiles in range(1, n_test + 1)}):
         wide = room.accumulator // (room.number * rows)
         wide = n_train if wide >= n_train else wide - wide % columns
         if wide:
-            found.append(Order(rows, wide, room.s_test, slab_bytes_moved(n_test, n_train, units, room, rows, wide)))
+            found.append(Order(rows, wide, room.s_test, slab_bytes_moved(n_test, n_train, stores, room, rows, wide)))
     return min(found, key=lambda order: (order.n_bytes, order.slab_bytes, -order.rows))
 
 
-def order_of_rows(n_test: int, n_train: int, units: Sequence[Unit], room: Room, columns: int) -> Order:
+def order_of_rows(n_test: int, n_train: int, stores: Stores, room: Room, columns: int) -> Order:
     """The order in which rows of s_test stay."""
-    s, g = sum(unit.test_bytes for unit in units), sum(unit.train_bytes for unit in units)
+    s, g = stores.test_bytes, stores.train_bytes
     rows = max(1, min(n_test, room.s_test // s, room.accumulator // (room.number * columns)))
     return Order(rows, columns, 0, n_test * s + -(-n_test // rows) * n_train * g)
 
@@ -101,11 +123,26 @@ def most_rows(order: Order, test_bytes: int, room: Room) -> int:
     return max(order.rows, fitting)
 
 
-def slab_bytes_moved(n_test: int, n_train: int, units: Sequence[Unit], room: Room, rows: int, columns: int) -> int:
+def slab_bytes_moved(n_test: int, n_train: int, stores: Stores, room: Room, rows: int, columns: int) -> int:
     """Bytes that are read if a tile of `rows` by `columns` stays."""
-    s = sum(unit.test_bytes for unit in units)
-    times = [1 if unit.divisible else max(1, -(-rows * unit.test_bytes // room.s_test)) for unit in units]
-    g = sum(unit.train_bytes * often for unit, often in zip(units, times, strict=True))
+    limit, count, group, g = max(1, room.s_test // rows), 0, 0, 0
+    for unit in stores.units:  # as `slabs` cuts them
+        if group and group + unit.test_bytes > limit:
+            count, group = count + 1, 0
+        g += unit.train_bytes
+        if unit.test_bytes <= limit:
+            group += unit.test_bytes
+        elif not unit.chunk:
+            count += 1
+            g += unit.train_bytes * (-(-rows // max(1, room.s_test // unit.test_bytes)) - 1)
+        else:
+            width = limit - limit % unit.chunk or limit
+            pieces, chunks = -(-unit.test_bytes // width), -(-unit.test_bytes // unit.chunk)
+            count += pieces
+            g += unit.train_bytes * (pieces - 1) // chunks if width % unit.chunk else 0
+    count += group > 0
+    s = stores.test_bytes
+    s += s * (count - 1) // -(-s // stores.test_chunk)
     return -(-n_train // columns) * n_test * s + -(-n_test // rows) * n_train * g
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,12 +21,12 @@ from infl_cache.maths.parts import Part
 from infl_cache.maths.samples import batches, groups_of
 from infl_cache.stages.blocks import batch_size, some
 from infl_cache.stages.opening import Opened
-from infl_cache.stages.stored import GradientPiece, gradient_pieces, stored_gradients, wanted_arrays
+from infl_cache.stages.stored import GradientPiece, Score, gradient_pieces, stored_gradients, wanted_arrays
 
 Read = Callable[[Block], tuple[Factors, Tensor]]
 # What is read at once: a part of a block's gradients.
 Wanted = tuple[Block, Part]
-Pieces = Callable[[Wanted, Wanted | None], Iterator[GradientPiece]]
+Pieces = Callable[[Wanted, Wanted | None, Score], Iterator[GradientPiece]]
 
 
 def gradient_reader(run: Opened, forms: Forms, wide: torch.dtype) -> Read:
@@ -35,19 +36,30 @@ def gradient_reader(run: Opened, forms: Forms, wide: torch.dtype) -> Read:
 
 @contextmanager
 def piece_reader(run: Opened, forms: Forms, wide: torch.dtype) -> Iterator[Pieces]:
-    """A function from a part of a block, and the one that comes after it, to factors and plain columns in pieces."""
+    """A function from a part of a block, and the one that comes after it, to factors and plain columns in pieces.
+
+    On a CPU plain columns are scored at once, each chunk by the thread that decoded it: the threads of a product wait
+    for more work in a loop, at the cost of those that decode.
+    """
     codec = planned_codec(run.folder.plan("grads"), False, run.folder.path, "grads")
     if not run.options.grads.cache or codec is None:  # versions before the codec was written down
         yield _whole_blocks(gradient_reader(run, forms, wide))
         return
     store, cuda = run.folder.store("grads"), run.device.type == "cuda"
     room = _pinned if cuda else plain_room
-    reader = BlockReader(store, codec, run.folder.records("grads"), room, slots=2 if cuda else 1)
+    threads = torch.get_num_threads()
+    records = run.folder.records("grads")
+    if cuda:
+        reader = BlockReader(store, codec, records, room, slots=2)
+    else:
+        reader = BlockReader(store, codec, records, room, threads=threads, begin=partial(torch.set_num_threads, 1))
+        torch.set_num_threads(threads)  # of this thread and those that begin later
 
-    def pieces(wanted: Wanted, following: Wanted | None) -> Iterator[GradientPiece]:
+    def pieces(wanted: Wanted, following: Wanted | None, score: Score) -> Iterator[GradientPiece]:
         if following is not None:
             reader.expect(following[0], *wanted_arrays(store.layouts, following[1]))
-        return gradient_pieces(reader, store, wanted[1], wanted[0], run.device, wide)
+        at_once = None if cuda else score
+        return gradient_pieces(reader, store, wanted[1], wanted[0], run.device, wide, at_once)
 
     try:
         yield _behind_the_products(pieces, run.device) if cuda else pieces
@@ -59,7 +71,7 @@ def _whole_blocks(read: Read) -> Pieces:
     """Where only whole blocks are to be had: read once for all parts of one that follow one another."""
     held: list[tuple[Block, Factors, Tensor]] = []
 
-    def pieces(wanted: Wanted, following: Wanted | None) -> Iterator[GradientPiece]:
+    def pieces(wanted: Wanted, following: Wanted | None, score: Score) -> Iterator[GradientPiece]:
         block, part = wanted
         if not held or held[0][0] != block:
             held.clear()
@@ -78,11 +90,11 @@ def _behind_the_products(pieces: Pieces, device: torch.device) -> Pieces:
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     copied: deque[torch.cuda.Event] = deque(maxlen=2)
 
-    def read(wanted: Wanted, following: Wanted | None) -> Iterator[GradientPiece]:
+    def read(wanted: Wanted, following: Wanted | None, score: Score) -> Iterator[GradientPiece]:
         if len(copied) > 1:  # the memory that is filled next has been copied out of
             copied[0].synchronize()
         with torch.cuda.stream(stream):
-            found = list(pieces(wanted, following))
+            found = list(pieces(wanted, following, score))
         copied.append(stream.record_event())
         here = torch.cuda.current_stream(device)
         here.wait_stream(stream)

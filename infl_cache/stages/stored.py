@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,12 +97,20 @@ def gradient_paths(store: Store) -> list[str]:
 
 @dataclass(frozen=True)
 class GradientPiece:
-    """Of some rows of a block either factors or plain columns, those of a part from its column `start` on."""
+    """Of some rows of a block either factors or plain columns, those of a part from its column `start` on.
+
+    In place of plain columns it may have what they give to the scores, (M, rows).
+    """
 
     rows: slice
     factors: Factors | None = None
     plain: Tensor | None = None
     start: int = 0
+    dots: Tensor | None = None
+
+
+# Of plain columns (rows, some), the part's from the given one on, what they give to the scores: (M, rows).
+Score = Callable[[Tensor, int], Tensor]
 
 
 def wanted_arrays(stored: Container[str], part: Part) -> tuple[list[str], Columns]:
@@ -114,21 +122,32 @@ def wanted_arrays(stored: Container[str], part: Part) -> tuple[list[str], Column
 
 
 def gradient_pieces(
-    reader: BlockReader, store: Store, part: Part, block: Block, device: torch.device, wide: torch.dtype
-) -> Iterator[GradientPiece]:
+    reader: BlockReader, store: Store, part: Part, block: Block, device: torch.device, wide: torch.dtype,
+    score: Score | None = None,
+) -> Iterator[GradientPiece]:  # fmt: skip
     """What `part` of a block's gradients is, in pieces as they lie in memory without a copy, in type `wide`.
 
-    What was yielded may be overwritten when the next block is read.
+    With `score` plain columns are scored by the threads that decode them. What was yielded may be overwritten when the
+    next block is read.
     """
-    read = reader.read(block, *wanted_arrays(store.layouts, part))
+    paths, columns = wanted_arrays(store.layouts, part)
+    at_once = [path for path in paths if path != "dense" or score is None]
+    read = reader.read(block, at_once, {path: at for path, at in columns.items() if path in at_once})
     plain, scales = read.pop("dense", []), read.pop("dense" + EXPONENT, None)
     exponents = _joined(store.layouts["dense" + EXPONENT], scales, block) if scales else None
-    for piece in plain:
+
+    def widened_piece(piece: Piece) -> GradientPiece:
         data = {"dense": piece.values}
         if exponents is not None:
             data["dense" + EXPONENT] = exponents[piece.rows]
-        values = _wide_arrays(store, data, device, wide)["dense"]
-        yield GradientPiece(piece.rows, plain=values, start=piece.columns.start - part.start)
+        values, start = _wide_arrays(store, data, device, wide)["dense"], piece.columns.start - part.start
+        if score is None:
+            return GradientPiece(piece.rows, plain=values, start=start)
+        return GradientPiece(piece.rows, dots=score(values, start))
+
+    yield from map(widened_piece, plain)
+    if score is not None and "dense" in columns:
+        yield from reader.each(block, "dense", columns["dense"], widened_piece)
     for rows, data in _together(store, read, block):
         arrays = _wide_arrays(store, data, device, wide)
         yield GradientPiece(rows, factors_of(part.layers, arrays))

@@ -1,5 +1,7 @@
 """Blocks by the fast way equal those by zarr's, and damage of any kind is an error that names file and rows."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,23 @@ def test_a_block_is_what_zarr_reads(tmp_path, monkeypatch, codec, chunk_bytes, c
             assert np.isnan(np.delete(whole, np.arange(40)[at], axis=1)).all()
 
 
+@pytest.mark.parametrize("codec", [Codec("lz4", 5), Codec("none", 1)])
+def test_each_chunk_is_handed_on_by_the_thread_that_decoded_it(tmp_path, monkeypatch, codec):
+    store, _, records = made(tmp_path, monkeypatch, codec, 640)
+    begun = []
+    reader = BlockReader(store, codec, records, threads=3, begin=lambda: begun.append(threading.get_ident()))
+    assert len(set(begun)) == 3
+    block, expected = blocks(ROWS, BLOCK)[1], store.read_block(blocks(ROWS, BLOCK)[1])["dense"]
+    found = list(
+        reader.each(
+            block, "dense", slice(7, 33), lambda each: (each.columns, each.values.copy(), threading.get_ident())
+        )
+    )
+    assert [columns for columns, _, _ in found] == [slice(7, 10), slice(10, 20), slice(20, 30), slice(30, 33)]
+    assert all(np.array_equal(values, expected[:, columns]) for columns, values, _ in found)
+    assert {thread for _, _, thread in found} <= set(begun)
+
+
 def assembled(pieces, like):
     """Pieces where they belong, each place of a block taken at most once, NaN where none is."""
     whole = np.full(like.shape, np.nan, like.dtype)
@@ -59,7 +78,7 @@ def assembled(pieces, like):
 
 
 def test_what_does_not_lie_together_comes_in_pieces(tmp_path, monkeypatch):
-    """Whole rows are decoded into one place; mapped chunks, and columns, stay where they are."""
+    """Whole rows are decoded into one place; chunks without compression, and columns, have places of their own."""
     for codec, path, chunk_bytes, count in (
         ("lz4", "a/input", 240, 1),
         ("none", "a/input", 240, 2),

@@ -401,6 +401,14 @@ def test_a_deleted_chunk_is_named_with_its_rows(folder, sample):
         folder.done("grads")
 
 
+def test_a_folder_in_place_of_a_chunk_is_named_with_its_rows(folder, sample):
+    file = first_file(folder, sample)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(DamagedStore, match=rf"{file} \(rows 4 to 7\): expected \d+ bytes, found what cannot be read"):
+        folder.done("grads")
+
+
 def test_a_valid_chunk_of_other_rows_is_named_with_its_rows(folder, sample):
     source, file = first_file(folder, sample, block=0), first_file(folder, sample, block=1)
     shutil.copy(source, file)

@@ -417,3 +417,26 @@ def test_the_table_has_the_largest_shares_first_and_twenty_rows():
     assert lines[-1] == "... and 5 more"
     none = LayerShares(("",), np.array([3]), np.full((1, 2), np.nan), np.array([np.nan]))
     assert str(none).splitlines()[3].split() == ["(model)", "3", "-", "-", "-"]
+
+
+def test_the_sums_of_a_tile_that_is_a_fact_do_not_stay(tmp_path, finished, monkeypatch):
+    """Killed between the ledger and the removal of the last tile's sums."""
+    shutil.copytree(finished, tmp_path / "r")
+    monkeypatch.setattr(contraction, "KEEP_SECONDS", 0.0)
+    plain = contraction.Sums.forget
+
+    def stopping(self):
+        if not [each for each in RunFolder(tmp_path / "r").stage_blocks("by_layer") if each.index not in recorded()]:
+            raise RuntimeError("stopped")
+        plain(self)
+
+    def recorded():
+        return RunFolder(tmp_path / "r").records("by_layer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(contraction.Sums, "forget", stopping)
+        with pytest.raises(RuntimeError, match="stopped"):
+            layers_of(tmp_path / "r")
+    assert list((tmp_path / "r").glob("*.tile"))
+    layers_of(tmp_path / "r")
+    assert not list((tmp_path / "r").glob("*.tile"))

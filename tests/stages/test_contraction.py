@@ -59,11 +59,13 @@ def test_slabs_change_nothing_for_any_kind_of_store(form, given, slabs_of, monke
         assert np.array_equal(first["helpful_ids"], second["helpful_ids"])
 
 
-def test_little_memory_is_enough_for_the_matrix_and_not_for_s_test(tmp_path):
-    """The order is chosen by itself: 7 x 30 numbers fit, 7 rows of s_test do not."""
-    run = Run(tmp_path / "r", wide(), memory="30KB", **OPTIONS)
+def test_little_memory_is_enough_for_the_matrix_and_not_for_s_test(monkeypatch, tmp_path):
+    """The order is chosen by itself: 7 x 30 numbers fit, 7 rows of s_test do not; these are cut into columns."""
+    monkeypatch.setattr("infl_cache.disk.layout.CHUNK_BYTES", 1400)
+    monkeypatch.setattr("infl_cache.disk.layout.CHUNK_COLUMNS", 50)
+    run = Run(tmp_path / "r", wide(), memory="80KB", **OPTIONS)
     run.all()
-    assert run.folder.plan("influence")["slab_bytes"] == 7500
+    assert run.folder.plan("influence")["slab_bytes"] == 20_000
     assert relative(run.scores(), expected_matrix(run)) <= 1e-6
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from infl_cache.config import InfluenceOptions, Options
+from infl_cache.disk.layout import array_layout
 from infl_cache.disk.trial import try_matrix
 from infl_cache.maths import scores
 from infl_cache.maths.capture import Forms, capture
@@ -18,11 +19,12 @@ from infl_cache.maths.probe import probe_batch
 from infl_cache.maths.samples import spread
 from infl_cache.maths.task import targets_as_numbers
 from infl_cache.stages.columns import classes_of
-from infl_cache.stages.influence import TILE_COLUMNS, order_for
+from infl_cache.stages.influence import TILE_COLUMNS, order_for, room_of
 from infl_cache.stages.opening import Opened
 from infl_cache.stages.plan.clock import clocked, line, once
 from infl_cache.stages.plan.costs import FIXED
 from infl_cache.stages.rankings import ROOM
+from infl_cache.stages.solving import fitting_sides
 from infl_cache.stages.standings import NO_CLASS, Standings, standing_bytes
 from infl_cache.stages.stored import layouts
 
@@ -128,7 +130,11 @@ def tile_of(
     stored = {each.path: each for each in layouts(forms, n_train, dtype, block_rows, options.grads.cache)}
     itemsize, asked = 8 if dtype == "float64" else 4, options.resources.tile_rows
     staying = not options.grads.cache or bool(asked)
-    order = order_for((n_test, n_train), forms, stored, (itemsize, itemsize), budget, block_rows, staying)
+    size = forms.parameters.size
+    sides = options.resources.test_block_rows or fitting_sides(options.stest.solver, budget, size * itemsize)
+    solutions = array_layout("s_test", n_test, (size,), f"float{8 * itemsize}", min(sides, n_test))
+    room = room_of(budget, itemsize)
+    order = order_for((n_test, n_train), forms, stored, solutions, room, block_rows, staying)
     return min(asked or order.rows, n_test), -(-order.columns // block_rows) * block_rows, order.slab_bytes
 
 
