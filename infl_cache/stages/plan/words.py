@@ -82,12 +82,16 @@ def _store(plan: GradsPlan) -> list[str]:
         f" ({plain / plan.bytes_a_sample:,.1f} times smaller than float32 rows), {plan.dtype}, {plan.codec}",
         f"rates      {plan.compute_rate:,.0f} samples/s computed, {plan.write_rate:,.0f} written and synced,"
         f" {plan.read_rate:,.0f} read, in batches of {plan.batch_size} and blocks of {plan.block_rows}",
-        f"gradients  {duration(plan.stored_seconds)} to store and read them in {plan.passes:,} passes of stage 3,"
-        f" {duration(plan.uncached_seconds)} to compute them again in each: {best}",
+        f"gradients  {duration(plan.stored_seconds)} to store and read them {_often(plan.passes)} in stage 3,"
+        f" {duration(plan.uncached_seconds)} to compute them again each time: {best}",
     ]
     if plan.rounding:
         lines.append(f"rounding   {rounding_line(plan.rounding)}, with gradients in place of s_test")
     return lines
+
+
+def _often(times: int) -> str:
+    return "once" if times == 1 else f"{times:,} times"
 
 
 def _solving(plan: StestPlan) -> list[str]:
@@ -105,7 +109,7 @@ def _scoring(plan: Plan) -> list[str]:
     return [
         f"matrix     {human_bytes(stage.matrix_bytes)}, rankings {human_bytes(stage.ranking_bytes)} (alone with"
         f" --no-matrix); tiles of {stage.tile_rows:,} test by {min(stage.columns, stage.n_train):,} training samples,"
-        f" the gradients read {stage.passes:,} times"
+        f" the gradients read {_often(stage.passes)}"
     ]
 
 
