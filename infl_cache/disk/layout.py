@@ -56,6 +56,11 @@ class ArrayLayout:
         return (self.n_rows, *self.row_shape)
 
     @property
+    def plain(self) -> bool:
+        """Whether the array holds plain rows: one axis besides that of the samples."""
+        return len(self.row_shape) == 1
+
+    @property
     def chunks(self) -> tuple[int, ...]:
         """Shape of one chunk."""
         return (self.chunk_rows, *self.chunk_row_shape)

@@ -127,9 +127,9 @@ class BlockReader:
     ) -> list[Piece]:  # fmt: skip
         """Pieces that are filled once the `work` is done."""
         layout = self._store.layouts[path]
-        if self._codec.name == "none" and (plain(layout) or layout.chunk_row_shape == layout.row_shape):
+        if self._codec.name == "none" and (layout.plain or layout.chunk_row_shape == layout.row_shape):
             pieces = self._as_they_are(layout, block, parts, slot, work)
-        elif plain(layout):
+        elif layout.plain:
             pieces = self._one_by_one(layout, block, parts, slot, work)
         else:
             pieces = [self._joined(layout, block, parts, slot, work)]
@@ -276,11 +276,6 @@ class BlockReader:
             f"{self._file(record)} (rows {block.start} to {block.stop - 1}): expected {expected}, found {found};"
             " restore the file, or --force starts the stage over"
         )
-
-
-def plain(layout: ArrayLayout) -> bool:
-    """Whether the array holds plain rows: one axis besides that of the samples."""
-    return len(layout.row_shape) == 1
 
 
 def _all_columns(layout: ArrayLayout) -> slice:

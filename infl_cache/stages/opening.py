@@ -21,6 +21,7 @@ from infl_cache.disk.ledger import array_bytes
 from infl_cache.disk.manifest import Identity
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput
+from infl_cache.heap import freed_memory_kept
 from infl_cache.interrupt import stop_between_blocks
 from infl_cache.maths import measures
 from infl_cache.maths.digest import code_digest, digest_of, weights_digest
@@ -82,7 +83,9 @@ def looked_at(folder: RunFolder, task: Task, options: Options) -> Iterator[Opene
 @contextmanager
 def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
     """`looked_at`, with the folder locked and signals caught; all of it is undone on leaving."""
-    with looked_at(folder, task, options) as run, folder.writing(), stop_between_blocks() as check:
+    with (
+        looked_at(folder, task, options) as run, folder.writing(), stop_between_blocks() as check, freed_memory_kept()
+    ):  # fmt: skip
         remember_tests(folder)
         yield dataclasses.replace(run, check=check, task_identity=task_identity(run.task, run.parameters))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from infl_cache.errors import BadInput
 from infl_cache.maths.capture import Forms, capture
 from infl_cache.maths.cast import in_dtype
 from infl_cache.maths.curvature import Curvature, Rows, captured, output_rows, remembered
-from infl_cache.maths.curvature.jacobian import Jacobian, forms_for_products, of_gradients
+from infl_cache.maths.curvature.jacobian import Jacobian, capture_jacobian, forms_for_products, of_gradients
 from infl_cache.maths.probe import activation_bytes, probe_batch
 from infl_cache.maths.samples import Batch, batches
 from infl_cache.stages.opening import Opened, stored_dtype
@@ -25,7 +26,7 @@ HOST_WORKING_SET = 64 * 2**20
 # Products with captured rows are fastest at 16 to 256 samples at a time (scripts/bench_stest.py).
 ROWS_WORKING_SET = 256 * 2**20
 SMALLEST_BATCH, MAX_BATCH = 8, 256
-# Rows that must be captured anew for each product cost a backward pass for each output.
+# Rows that must be captured anew for a product cost a backward pass for each output.
 OUTPUTS_A_SIDE = 2
 
 
@@ -140,7 +141,8 @@ def _output_rows(
     held = row_bytes + 2 * sides * widest * (8 if dtype == torch.float64 else 4)
     _, load = _batches(run, rows, dtype, 2, held)
     passes = remembered(captured(task, forms, remembered(load, run.budget // 8)), budget, Jacobian.n_bytes.__get__)
-    return Rows(forms, passes, row_bytes)
+    few = outputs <= OUTPUTS_A_SIDE * sides
+    return Rows(forms, passes, row_bytes, partial(capture_jacobian, task, forms) if few else None)
 
 
 def _rows_to_fit(

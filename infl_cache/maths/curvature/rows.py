@@ -23,11 +23,15 @@ MOST_OUTPUTS = 1024
 
 @dataclass(frozen=True)
 class Rows:
-    """Jacobian rows of the whole training set, a pass at a time, in the forms they have; `row_bytes` a sample."""
+    """Jacobian rows of the whole training set, a pass at a time, in the forms they have; `row_bytes` a sample.
+
+    `of_batch` captures those of any batch, where that is cheaper than to differentiate twice.
+    """
 
     forms: Forms
     passes: Callable[[], Iterable[Jacobian]]
     row_bytes: int
+    of_batch: Callable[[Batch], Jacobian] | None = None
 
 
 def output_rows(

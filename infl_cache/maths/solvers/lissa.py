@@ -112,7 +112,9 @@ class LiSSA:
             # A look costs one pass over the data: every second pass' worth of steps, every 20th of full passes.
             steps = min(walk.depth - walk.step, 20 if walk.batch == n else -(-2 * n // walk.batch))
             for _ in range(steps):
-                walk.h = walk.h + rhs - _sampled(operator, walk.batch, walk.generator, walk.h) / walk.scale
+                found = _sampled(operator, walk.batch, walk.generator, walk.h)
+                # In place: memory that is new to the process costs more than the sum.
+                walk.h.add_(rhs).add_(found, alpha=-1 / walk.scale)
             walk.step += steps
             if self._diverged(operator, walk.h, rhs, walk.scale):
                 if self.scale is not None:
@@ -172,7 +174,7 @@ class _Walk:
         self.step = self.batch = self.depth = self.doublings = 0
         if kept is not None:
             self.generator.set_state(kept["generator"].cpu())
-            self.h, self.best = kept["h"].to(rhs), kept["best"].to(rhs)
+            self.h, self.best = kept["h"].to(rhs, copy=True), kept["best"].to(rhs)
             self.scale, self.best_worst, self.last = kept["reals"].tolist()
             self.step, self.batch, self.depth, self.doublings = kept["counts"].tolist()
 
