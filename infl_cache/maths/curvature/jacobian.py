@@ -126,6 +126,22 @@ def capture_jacobian(task: Task, forms: Forms, batch: Batch) -> Jacobian:
     return Jacobian(factors, torch.stack([dense for _, dense in rows], 1), hessian)
 
 
+def taken(jacobian: Jacobian, at: Tensor) -> Jacobian:
+    """The rows of some samples."""
+    factors = {key: (a[at], g[at]) for key, (a, g) in jacobian.factors.items()}
+    return Jacobian(factors, jacobian.dense[at], None if jacobian.hessian is None else jacobian.hessian[at])
+
+
+def together(parts: Sequence[Jacobian]) -> Jacobian:
+    """The samples of several Jacobians in the same forms, one after the other."""
+    factors = {
+        key: (torch.cat([part.factors[key][0] for part in parts]), torch.cat([part.factors[key][1] for part in parts]))
+        for key in parts[0].factors
+    }
+    hessians = [part.hessian for part in parts if part.hessian is not None]
+    return Jacobian(factors, torch.cat([part.dense for part in parts]), torch.cat(hessians) if hessians else None)
+
+
 def of_gradients(stored: Forms, forms: Forms, factors: Factors, dense: Tensor) -> Jacobian:
     """Gradients in the forms of the store as single rows in `forms`, which `forms_for_products` made of them."""
     kept = {layer.key for layer in forms.factored}

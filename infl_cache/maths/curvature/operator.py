@@ -73,6 +73,14 @@ class Curvature:
             self.tick()
             yield each
 
+    def sampled(self, positions: Sequence[int], vectors: Tensor) -> Tensor:
+        """The same with C the mean over some training samples."""
+        rows = None if self.rows is None else self.rows.of_samples(positions)
+        if self.rows is None or rows is None:
+            return self.mean_over(self.pick(positions), len(positions), vectors)
+        total = product(self.rows.forms, self._ticking([rows]), vectors)
+        return total.div_(len(positions)).add_(vectors, alpha=self.shift)
+
     def mean_over(self, batches: Iterable[Batch], n: int, vectors: Tensor) -> Tensor:
         """The same with C the mean over the `n` samples of the given batches."""
         if self.rows is not None and self.rows.of_batch is not None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from infl_cache.maths.capture.forms import Forms
 from infl_cache.maths.cast import in_dtype
-from infl_cache.maths.curvature.jacobian import Jacobian, capture_jacobian, forms_for_products, product
+from infl_cache.maths.curvature.jacobian import (
+    Jacobian,
+    capture_jacobian,
+    forms_for_products,
+    product,
+    taken,
+    together,
+)
 from infl_cache.maths.curvature.products import batch_product
 from infl_cache.maths.samples import Batch, size_in_bytes
 from infl_cache.maths.task import Task, out_of_memory
@@ -32,6 +40,19 @@ class Rows:
     passes: Callable[[], Iterable[Jacobian]]
     row_bytes: int
     of_batch: Callable[[Batch], Jacobian] | None = None
+
+    def of_samples(self, positions: Sequence[int]) -> Jacobian | None:
+        """The rows of some samples, by their places in a pass; None where rows are not kept in memory."""
+        every = self.passes.kept() if isinstance(self.passes, Remembered) else None
+        if not every:
+            return None
+        starts = list(itertools.accumulate((each.size for each in every), initial=0))
+        parts = []
+        for each, start in zip(every, starts, strict=False):
+            inside = [position - start for position in sorted(positions) if start <= position < start + each.size]
+            if inside:
+                parts.append(taken(each, torch.tensor(inside, device=each.dense.device)))
+        return together(parts)
 
 
 def output_rows(
@@ -81,27 +102,41 @@ def batch_bytes(batch: Any) -> int:
     return size_in_bytes(batch.data)
 
 
+class Remembered(Generic[T]):
+    """Passes over what `load` gives, kept in memory after the first one if that fits into `budget` bytes."""
+
+    def __init__(self, load: Callable[[], Iterable[T]], budget: int, bytes_of: Callable[[T], int]) -> None:
+        self._load, self._budget, self._bytes_of = load, budget, bytes_of
+        self._kept: list[T] = []
+        # Whether it fits, once a pass has come to its end.
+        self._fits: bool | None = None
+
+    def __call__(self) -> Iterator[T]:
+        """One pass."""
+        if self._fits:
+            yield from self._kept
+            return
+        self._kept.clear()
+        total = 0
+        for each in self._load():
+            total += self._bytes_of(each)
+            if total <= self._budget:
+                self._kept.append(each)
+            else:
+                self._kept.clear()
+            yield each
+        self._fits = total <= self._budget
+
+    def kept(self) -> Sequence[T] | None:
+        """All of it, after a pass if there was none yet; None where it does not fit."""
+        if self._fits is None:
+            for _ in self():
+                pass
+        return self._kept if self._fits else None
+
+
 def remembered(
     load: Callable[[], Iterable[T]], budget: int, bytes_of: Callable[[T], int] = batch_bytes
-) -> Callable[[], Iterable[T]]:
+) -> Remembered[T]:
     """`load`, kept in memory after the first pass if what it gives fits into `budget` bytes."""
-    kept: list[T] = []
-    complete = False
-
-    def passes() -> Iterable[T]:
-        nonlocal complete
-        if complete:
-            yield from kept
-            return
-        kept.clear()
-        total = 0
-        for batch in load():
-            total += bytes_of(batch)
-            if total <= budget:
-                kept.append(batch)
-            else:
-                kept.clear()
-            yield batch
-        complete = total <= budget
-
-    return passes
+    return Remembered(load, budget, bytes_of)

@@ -192,4 +192,4 @@ def _sampled(operator: Curvature, batch: int, generator: torch.Generator, h: Ten
     if batch >= operator.n_train or operator.kind == "fisher":
         return operator(h)
     chosen = torch.randperm(operator.n_train, generator=generator)[:batch].tolist()
-    return operator.mean_over(operator.pick(chosen), batch, h)
+    return operator.sampled(chosen, h)

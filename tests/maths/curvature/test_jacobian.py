@@ -235,3 +235,26 @@ def test_the_rows_of_a_batch_are_the_gradients_of_its_outputs():
                         [g.flatten() for g in torch.autograd.grad(each, parameters, retain_graph=True)]
                     )
                     torch.testing.assert_close(rows.dense[index, c], expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_product_over_some_samples_is_their_mean_whether_rows_are_kept_or_not(share, before):
+    task = mlp()
+    cast, forms, row_bytes, _ = found_for(task)
+    chosen = [8, 2, 3, 5]
+    with operator_of(task) as operator:
+        vectors = normal(3, operator.parameters.size)
+        expected = operator.mean_over(operator.pick(chosen), len(chosen), vectors)
+        every = sum(rows.n_bytes for rows in whole(cast, forms, 3)())
+        kept = remembered(whole(cast, forms, 3), int(share * every), Jacobian.n_bytes.__get__)
+        rows = Rows(forms, kept, row_bytes, functools.partial(capture_jacobian, cast, forms))
+        object.__setattr__(operator, "rows", rows)
+        if before:
+            operator(vectors)
+        calls = forward_calls(task)
+        found = [operator.sampled(chosen, vectors) for _ in range(2)]
+    # A pass to see whether they fit, and where they do not, the samples themselves each time.
+    assert len(calls) == (0 if before else 4) + (0 if share == 1 else 2)
+    assert torch.equal(found[0], found[1])
+    assert relative_error(found[0], expected) <= 1e-10
