@@ -15,6 +15,7 @@ from infl_cache.disk.ledger import array_bytes
 from infl_cache.disk.run import RunFolder
 from infl_cache.disk.trial import free_bytes
 from infl_cache.errors import BadInput
+from infl_cache.heap import freed_memory_kept
 from infl_cache.maths.capture import Forms
 from infl_cache.maths.task import Task
 from infl_cache.progress import progress
@@ -59,7 +60,7 @@ def plan(folder: RunFolder, task: Task, options: Options, asked: PlanOptions, ma
                 " give --device"
             )
         return on_meta(task, options, asked, MACHINES[machine], free)
-    with looked_at(folder, task, options) as run:
+    with looked_at(folder, task, options) as run, freed_memory_kept():
         here, found = _measured(run, asked, free)
         forms = found[0]
         if machine is None:
