@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 
 import google_crc32c
 import numpy as np
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from infl_cache.disk.codecs import CRC_BYTES, Codec, stored_checksum
 from infl_cache.disk.layout import ArrayLayout, Block, chunk_parts
 from infl_cache.disk.ledger import BlockRecord, FileRecord
+from infl_cache.disk.pieces import Piece, all_columns, cut_to, overlaps, piece_of
 from infl_cache.disk.store import Array, Store
 from infl_cache.errors import DamagedStore
 
@@ -39,14 +41,6 @@ Placed = tuple[FileRecord, tuple[slice, ...]]
 # Of which arrays of plain rows only some columns are wanted, and which.
 Columns = Mapping[str, slice]
 EVERY: Columns = {}
-
-
-class Piece(NamedTuple):
-    """Some rows of a block and, of plain rows, some columns: `values` has these axes first."""
-
-    rows: slice
-    columns: slice
-    values: Array
 
 
 def plain_room(size: int) -> Bytes:
@@ -70,7 +64,7 @@ class BlockReader:
         self._slots: list[dict[str, Bytes]] = [{} for _ in range(slots)]
         self._next = 0
         self._local = threading.local()
-        self._pool = ThreadPoolExecutor(threads, initializer=begin)
+        self._threads, self._pool = threads, ThreadPoolExecutor(threads, initializer=begin)
         # All threads begin now, and not in the middle of something.
         every = threading.Barrier(threads)
         list(self._pool.map(lambda _: every.wait(), range(threads)))
@@ -99,18 +93,24 @@ class BlockReader:
         """What `then` makes of each chunk of an array of plain rows, in order.
 
         The thread that decoded a chunk also does `then`, while its cache holds it; nothing of the piece may be kept.
+        No more results wait than there are threads: they may be large.
         """
-        layout, few = self._store.layouts[path], [[placed] for placed in self._parts(block, path, columns)]
 
-        def done(parts: list[Placed]) -> Result:
+        def done(placed: Placed) -> Result:
             slot: dict[str, Bytes] = self._local.__dict__.setdefault("slot", {})
             work: list[Work] = []
-            (piece,) = self._pieces(block, layout.path, parts, columns, slot, work)
+            (piece,) = self._pieces(block, path, [placed], columns, slot, work)
             for step in work:
                 step()
             return then(piece)
 
-        return self._pool.map(done, few)
+        begun: deque[Future[Result]] = deque()
+        for placed in self._parts(block, path, columns):
+            begun.append(self._pool.submit(done, placed))
+            if len(begun) > self._threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
 
     def _parts(self, block: Block, path: str, columns: slice | None) -> list[Placed]:
         """The files of the chunks that are wanted, and which part of the block each is."""
@@ -118,7 +118,7 @@ class BlockReader:
         return [
             (self._named(files, block, path, key), part)
             for key, part in chunk_parts(self._store.layouts[path], block).items()
-            if _overlaps(part, columns)
+            if overlaps(part, columns)
         ]
 
     def _pieces(
@@ -133,7 +133,7 @@ class BlockReader:
             pieces = self._one_by_one(layout, block, parts, slot, work)
         else:
             pieces = [self._joined(layout, block, parts, slot, work)]
-        return pieces if columns is None else [_cut(each, columns) for each in pieces]
+        return pieces if columns is None else [cut_to(each, columns) for each in pieces]
 
     def _do(self, work: list[Work]) -> None:
         for _ in self._pool.map(lambda each: each(), work):
@@ -148,7 +148,7 @@ class BlockReader:
             layout = self._store.layouts[path]
             for key, part in chunk_parts(layout, block).items():
                 record = files.get(f"{self._store.folder.name}/{path}/{key}")
-                if record is not None and _overlaps(part, columns.get(path)):
+                if record is not None and overlaps(part, columns.get(path)):
                     self._fetch(record)
 
     def _fetch(self, record: FileRecord) -> None:
@@ -190,7 +190,7 @@ class BlockReader:
                 work.append(partial(self._decode, record, block, target))
             else:
                 work.append(partial(self._put, record, block, layout, whole[part]))
-        return Piece(slice(0, block.rows), _all_columns(layout), whole[: block.rows])
+        return Piece(slice(0, block.rows), all_columns(layout), whole[: block.rows])
 
     def _one_by_one(
         self, layout: ArrayLayout, block: Block, parts: list[Placed],
@@ -200,7 +200,7 @@ class BlockReader:
         room, pieces = self._in_slot(slot, layout, (len(parts), *layout.chunks)), []
         for target, (record, part) in zip(room, parts, strict=True):
             work.append(partial(self._decode, record, block, target))
-            pieces.append(_piece(part, target))
+            pieces.append(piece_of(part, target))
         return pieces
 
     def _in_slot(self, slot: dict[str, Bytes], layout: ArrayLayout, shape: tuple[int, ...]) -> Array:
@@ -238,7 +238,7 @@ class BlockReader:
                 raise self._damaged(record, block, f"{expected + CRC_BYTES} bytes", f"{record.size} in the ledger")
             room = slot[layout.path][index * length : (index + 1) * length]
             work.append(partial(self._read_checked, record, block, room))
-            found.append(_piece(part, room[:expected].view(layout.dtype).reshape(layout.chunks)))
+            found.append(piece_of(part, room[:expected].view(layout.dtype).reshape(layout.chunks)))
         return found
 
     def _read_checked(self, record: FileRecord, block: Block, room: Bytes) -> None:
@@ -276,24 +276,3 @@ class BlockReader:
             f"{self._file(record)} (rows {block.start} to {block.stop - 1}): expected {expected}, found {found};"
             " restore the file, or --force starts the stage over"
         )
-
-
-def _all_columns(layout: ArrayLayout) -> slice:
-    return slice(0, layout.row_shape[0] if layout.row_shape else 1)
-
-
-def _piece(part: tuple[slice, ...], chunk: Array) -> Piece:
-    """A chunk without the padding at its end."""
-    within = tuple(slice(0, each.stop - each.start) for each in part)
-    return Piece(part[0], part[1] if len(part) > 1 else slice(0, 1), chunk[within])
-
-
-def _overlaps(part: tuple[slice, ...], columns: slice | None) -> bool:
-    return columns is None or (part[1].start < columns.stop and columns.start < part[1].stop)
-
-
-def _cut(piece: Piece, columns: slice) -> Piece:
-    """The piece without the columns outside of `columns`."""
-    start, stop = max(piece.columns.start, columns.start), min(piece.columns.stop, columns.stop)
-    at = piece.columns.start
-    return Piece(piece.rows, slice(start, stop), piece.values[:, start - at : stop - at])

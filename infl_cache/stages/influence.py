@@ -1,7 +1,7 @@
 """Stage 3: both stores streamed through a blocked product into `influence.npy`, and the rankings made of it.
 
-Test tiles outermost: one tile of s_test stays in memory while the gradients pass by once. The unit of
-work and of commit is a tile of the matrix: the rows of a test tile by a run of training blocks.
+The unit of work and of commit is a tile of the matrix: the rows of a test tile by a run of training blocks. How large
+it is, and in which order the stores are read for it, is chosen by `schedule`; `contraction` computes it.
 """
 
 from __future__ import annotations

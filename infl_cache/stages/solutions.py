@@ -11,7 +11,8 @@ from torch import Tensor
 
 from infl_cache.disk.codecs import planned_codec
 from infl_cache.disk.layout import ArrayLayout, Block, consecutive
-from infl_cache.disk.reader import BlockReader, Piece
+from infl_cache.disk.pieces import Piece
+from infl_cache.disk.reader import BlockReader
 from infl_cache.maths.parts import Part
 from infl_cache.stages.opening import Opened
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from infl_cache.disk.layout import ArrayLayout, Block, array_layout
-from infl_cache.disk.reader import BlockReader, Columns, Piece
+from infl_cache.disk.pieces import Piece
+from infl_cache.disk.reader import BlockReader, Columns
 from infl_cache.disk.store import Array, Store
 from infl_cache.maths.capture import Captured, Factors, Forms, Layer
 from infl_cache.maths.narrow import NARROW, narrowed, widened

@@ -67,6 +67,14 @@ def test_each_chunk_is_handed_on_by_the_thread_that_decoded_it(tmp_path, monkeyp
     assert {thread for _, _, thread in found} <= set(begun)
 
 
+def test_no_more_results_wait_than_there_are_threads(tmp_path, monkeypatch):
+    store, _, records = made(tmp_path, monkeypatch, Codec("lz4", 5), 100)
+    reader, begun = BlockReader(store, Codec("lz4", 5), records, threads=2), []
+    for taken, _ in enumerate(reader.each(blocks(ROWS, BLOCK)[1], "dense", None, begun.append)):
+        assert len(begun) <= taken + 3
+    assert len(begun) == taken + 1 > 20
+
+
 def assembled(pieces, like):
     """Pieces where they belong, each place of a block taken at most once, NaN where none is."""
     whole = np.full(like.shape, np.nan, like.dtype)

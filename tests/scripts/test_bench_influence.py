@@ -12,13 +12,6 @@ from tests.scripts.running import ROOT, ran
 OWN = ["ours", "ours-16"]
 
 
-@pytest.fixture
-def scripts(monkeypatch):
-    """A function that imports a script."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return importlib.import_module
-
-
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """A quick benchmark of one workload: what is left in its folder, its records, and what it printed."""

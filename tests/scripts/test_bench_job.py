@@ -1,4 +1,3 @@
-import importlib
 import json
 import math
 import os
@@ -11,13 +10,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """A function that imports a script."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return importlib.import_module
 
 
 @pytest.fixture

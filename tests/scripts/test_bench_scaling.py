@@ -1,16 +1,8 @@
-import importlib
 import json
 
 import pytest
 
-from tests.scripts.running import ROOT, ran
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """A function that imports a script."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return importlib.import_module
+from tests.scripts.running import ran
 
 
 def test_a_pair_of_a_larger_stage_is_set_beside_one_of_the_smallest(tmp_path):

@@ -1,4 +1,3 @@
-import importlib
 import json
 import math
 
@@ -8,17 +7,10 @@ import torch
 from infl_cache.maths.curvature.products import batch_product
 from infl_cache.maths.params import select
 from infl_cache.maths.probe import probe_batch
-from tests.scripts.running import ROOT, ran, refused
+from tests.scripts.running import ran, refused
 
 WAYS = ["loop", "hessian", "graph", "anew", "kept"]
 SOLVERS = ["cg", "pcg-none", "ekfac", "identity"]
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """A function that imports a script."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")

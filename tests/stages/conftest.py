@@ -7,14 +7,14 @@ from infl_cache.stages import stest as stage
 
 @pytest.fixture
 def lights_out(monkeypatch):
-    """`begun = lights_out()`: once the third block of stage 2 from now on begins, it fails; blocks as they begin."""
+    """`begun = lights_out()`: as the third block of stage 2 (or `at`) from now on begins, it fails; blocks begun."""
 
-    def patched():
+    def patched(at=3):
         original, begun = stage._right_hand_sides, []
 
         def failing(run, forms, block):
             begun.append(block.index)
-            if len(begun) == 3:
+            if len(begun) == at:
                 raise RuntimeError("the lights went out")
             return original(run, forms, block)
 

@@ -118,19 +118,11 @@ def test_results_do_not_depend_on_block_batch_or_workers(options, tmp_path):
     assert worst_row(other.s_test(slice(None)), first.s_test(slice(None))) <= 1e-6
 
 
-def test_a_resumed_stage_computes_only_what_is_missing_and_the_same_bits(tmp_path, monkeypatch):
+def test_a_resumed_stage_computes_only_what_is_missing_and_the_same_bits(tmp_path, lights_out):
     task = tasks.mlp(n_test=6)
     options = {"damping": 0.05, "test_block_rows": 2, **QUIET}
     Run(tmp_path / "calm", task, **options).stest()
-    original, calls = stage._right_hand_sides, []
-
-    def failing(run, forms, block):
-        calls.append(block.index)
-        if len(calls) == 2:
-            raise RuntimeError("the lights went out")
-        return original(run, forms, block)
-
-    monkeypatch.setattr(stage, "_right_hand_sides", failing)
+    calls = lights_out(at=2)
     with pytest.raises(RuntimeError, match="lights"):
         Run(tmp_path / "r", task, **options).stest()
     Run(tmp_path / "r", task, **options).stest()
