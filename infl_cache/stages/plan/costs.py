@@ -261,6 +261,8 @@ def _fisher(costs: Costs, sizes: Sizes, sides: float, vectors: float) -> Choice:
     # In the inverse and for the residual: two products of each test sample, three passes over the gradients a block.
     reads = 1 if n * row <= sizes.budget // 3 else 3 * sizes.blocks + 2 * max(1.0, n * row / (sizes.budget / 6))
     vectored = 2 * n * (sizes.blocks * costs.single + sizes.n_test * costs.single_vector)
-    memory = vectors + min(n * row, sizes.budget / 3) + (sizes.budget / 2 if on_disk else 3 * matrix)
+    # Besides what stays: a block of gradients as it was stored and in float64, and pairs of layers being multiplied.
+    passing = 2 * min(n * row, sizes.budget / 8) + sizes.budget / 16
+    memory = vectors + passing + min(n * row, sizes.budget / 3) + (sizes.budget / 2 if on_disk else 3 * matrix)
     return Choice("fisher", sides + pairs + products + divisions + solve + n * costs.read * reads + vectored, memory,
                   matrix if on_disk else 0.0)  # fmt: skip
