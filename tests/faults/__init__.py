@@ -1,4 +1,4 @@
-"""The fault table: what may happen to a run, injected into the real pipeline; the long versions run by `make faults`."""
+"""The fault table: what may happen to a run, injected into the real pipeline; `make faults` runs the long versions."""
 
 import os
 
