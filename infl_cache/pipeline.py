@@ -25,6 +25,7 @@ from infl_cache.stages.grads import grads
 from infl_cache.stages.influence import influence
 from infl_cache.stages.opening import Opened, StageResult, opened
 from infl_cache.stages.plan import Plan, asked_of, plan
+from infl_cache.stages.repair import repaired
 from infl_cache.stages.selection import count_of_tests, held_tests
 from infl_cache.stages.self_influence import begun_with, self_influence
 from infl_cache.stages.status import Status, status
@@ -173,7 +174,10 @@ class Run(Influences):
             return verify(RunFolder(self.path), sample, show)
         if self.task is None:
             raise BadInput("task: expected a Task to repair with, found none; Run(path, task)")
-        raise NotImplementedError
+        folder, kept = RunFolder(self.path), self.path / "run.yaml"
+        own = {**self.reference, "run": str(self.path), **self.options.flat()}
+        folder.configuration = read_config_file(kept) if kept.exists() else own
+        return repaired(folder, self.task, self.options, sample)
 
     def validate(self, **options: Any) -> Validation:
         """Retrain without chosen training samples, beside what this finished run predicts of it.

@@ -25,6 +25,7 @@ from infl_cache.disk.sums import room
 from infl_cache.disk.sweep import OUTPUTS
 from infl_cache.errors import BadInput, DamagedStore, IncompleteStore
 from infl_cache.progress import human_bytes, human_seconds, progress
+from infl_cache.stages.again import still_missing
 from infl_cache.stages.checks import Fault, FileCheck, TileCheck
 from infl_cache.stages.layers import MODEL, covered_tiles, layer_names
 from infl_cache.stages.rankings import has_matrix
@@ -33,8 +34,6 @@ from infl_cache.stages.tiles import committed_tiles, open_matrix, planned_tiles
 STORES = ("grads", "stest", "self_influence")
 MATRICES = ("influence", "by_layer")
 LEDGER, STATE = "ledger.sqlite", "influence.state"
-# What a plan says of blocks whose making again was begun: until they are done they are missing.
-REPAIRING = "repairing"
 AT_ONCE = 4096
 
 
@@ -171,10 +170,10 @@ def _listed(folder: RunFolder, opened: ExitStack) -> Iterator[Check | Fault]:
 
 def _still_missing(folder: RunFolder, stage: str, records: dict[int, BlockRecord]) -> Iterator[Fault]:
     """Blocks that a repair which was stopped has yet to make again."""
-    for block in folder.plan(stage).get(REPAIRING, ()):
-        if block not in records:
-            words = f"block {block}, which was damaged, to be made again"
-            yield Fault(stage, int(block), OUTPUTS[stage][0], None, words, "a repair that was stopped")
+    planned = {block.index for block in folder.stage_blocks(stage)}
+    for block in planned.intersection(still_missing(folder.plan(stage), records)):
+        words = f"block {block}, which was damaged, to be made again"
+        yield Fault(stage, block, OUTPUTS[stage][0], None, words, "a repair that was stopped")
 
 
 def _store_checks(folder: RunFolder, stage: str, records: dict[int, BlockRecord]) -> Iterator[Check | Fault]:
