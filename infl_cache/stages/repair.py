@@ -9,6 +9,7 @@ from infl_cache.config import Options, SelectionOptions
 from infl_cache.disk.codecs import planned_codec
 from infl_cache.disk.durable import remove
 from infl_cache.disk.growth import restore_metadata
+from infl_cache.disk.layout import chunk_keys
 from infl_cache.disk.manifest import differences
 from infl_cache.disk.run import RunFolder
 from infl_cache.disk.sweep import OUTPUTS
@@ -54,7 +55,7 @@ def repaired(folder: RunFolder, task: Task, options: Options, sample: float | No
         faults = verify(folder, sample, show).faults
         _restore_metadata(folder, faults)
         for stage, blocks in _to_make(folder, faults).items():
-            _make_again(run, stage, blocks, faults)
+            _make_again(run, stage, blocks)
     return verify(RunFolder(folder.path), sample, show)
 
 
@@ -99,12 +100,22 @@ def _finished(folder: RunFolder, stage: str) -> bool:
     return stage in folder.manifest.stages and len(folder.records(stage)) == len(folder.stage_blocks(stage))
 
 
-def _make_again(run: Opened, stage: str, blocks: set[int], faults: tuple[Fault, ...]) -> None:
+def _clear_the_way(folder: RunFolder, stage: str, blocks: set[int]) -> None:
+    """Remove folders that have the name of a chunk file of these blocks."""
+    paths = [
+        folder.path / OUTPUTS[stage][0] / layout.path / key
+        for block in folder.stage_blocks(stage) if block.index in blocks
+        for layout in folder.array_layouts(stage)
+        for key in chunk_keys(layout, block)
+    ]  # fmt: skip
+    remove(path for path in paths if path.is_dir())
+
+
+def _make_again(run: Opened, stage: str, blocks: set[int]) -> None:
     """By the stage itself; what it refuses stays as it is, and the reason is said."""
     folder = run.folder
-    for fault in faults:
-        if fault.stage == stage and fault.block is not None and (folder.path / fault.file).is_dir() and stage in STORES:
-            remove([folder.path / fault.file])  # what lies in the way of a chunk file
+    if stage in STORES:
+        _clear_the_way(folder, stage, blocks)
     try:
         if stage == "self_influence":
             self_influence(dataclasses.replace(run, options=begun_with(folder, run.options, {})), only=blocks)
