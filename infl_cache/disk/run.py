@@ -259,6 +259,10 @@ class RunFolder:
         self._writable.commit(record)
         return record
 
+    def forget(self, stage: str, blocks: Iterable[int]) -> None:
+        """Make blocks of a stage no facts any more: durable when this returns, before anything is made of them."""
+        self._writable.forget(stage, blocks)
+
     def record_file(self, name: str) -> FileRecord:
         """Size and checksum of a file of the folder."""
         return record_of_file(self.path, self.path / name)
