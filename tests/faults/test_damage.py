@@ -17,7 +17,7 @@ from infl_cache.stages import repair as module
 from tests import tasks
 from tests.faults import times
 from tests.faults.damaging import OPTIONS, QUIET, Commits, contents, damaged, edited, made, task, try_damages
-from tests.killing import started
+from tests.faults.killing import started
 
 CHUNK = "grad_z.zarr/0/input/c.1.0.0"
 OTHER = "s_test.zarr/s_test/c.1.0"
