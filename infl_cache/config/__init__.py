@@ -13,8 +13,9 @@ from infl_cache.config.files import MAX_CONFIG_BYTES, read_config_file
 from infl_cache.errors import BadInput
 
 __all__ = [
-    "MAX_CONFIG_BYTES", "SECTIONS", "GradsOptions", "InfluenceOptions", "Options", "Resources", "SelectionOptions",
-    "StestOptions", "option", "option_fields", "options_of", "parse_size", "read_config_file", "short",
+    "MAX_CONFIG_BYTES", "SECTIONS", "DataOptions", "GradsOptions", "InfluenceOptions", "Options", "Resources",
+    "SelectionOptions", "StestOptions", "option", "option_fields", "options_of", "parse_size", "read_config_file",
+    "short",
 ]  # fmt: skip
 
 Made = TypeVar("Made")
@@ -89,6 +90,15 @@ class StestOptions:
 
 
 @dataclass(frozen=True)
+class DataOptions:
+    """The data: how samples are fetched. Part of every stage's identity."""
+
+    freeze_augmentation: bool = option(
+        False, "data that are drawn anew at each fetch: draw sample i always by the same seed (--freeze-augmentation)"
+    )
+
+
+@dataclass(frozen=True)
 class SelectionOptions:
     """What is asked: about which test samples, and about which quantity. More test samples can follow later."""
 
@@ -134,10 +144,16 @@ class Resources:
     block_rows: int | None = option(None, "training samples in one committed block; from memory if not given", 1)
     test_block_rows: int | None = option(None, "test samples solved together and committed as one block", 1)
     tile_rows: int | None = option(None, "test samples in one tile of the influence matrix; from memory", 1)
+    check_data: Literal["sample", "full"] = option(
+        "sample",
+        "how many samples are compared with those that stored rows were computed from: as many as two seconds suffice"
+        " for, or all",
+    )
     progress: bool = option(True, "progress bars (they are silent in a file anyway)")
 
 
 SECTIONS = {
+    "data": DataOptions,
     "grads": GradsOptions,
     "stest": StestOptions,
     "selection": SelectionOptions,
@@ -149,12 +165,13 @@ SECTIONS = {
 # What a value should have been, where the name of its type does not tell.
 @dataclass(frozen=True)
 class Options:
-    """All options, resolved; one flat mapping outside, five groups inside.
+    """All options, resolved; one flat mapping outside, six groups inside.
 
     >>> Options.resolve({"damping": 0.1, "memory": "2GB"}).resources.memory
     2000000000
     """
 
+    data: DataOptions = DataOptions()
     grads: GradsOptions = GradsOptions()
     stest: StestOptions = StestOptions()
     selection: SelectionOptions = SelectionOptions()

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from infl_cache.errors import BadInput
 from infl_cache.maths.digest import sample_digest
+from infl_cache.maths.frozen import Frozen
 from infl_cache.maths.params import Parameters
 from infl_cache.maths.samples import Batch, batches, fetch
 from infl_cache.maths.task import Task, losses_of, reference_gradient, requiring_grad
@@ -26,9 +27,14 @@ def check_data(dataset: Any, name: str, indices: Sequence[int]) -> list[int]:
     first = [sample_digest(fetch(dataset, index, name)) for index in indices]
     for index, digest in zip(indices, first, strict=True):
         if sample_digest(fetch(dataset, index, name)) != digest:
+            held = isinstance(dataset, Frozen)
+            remedy = (
+                "it draws from generators of its own, which cannot be frozen: switch that off"
+                if held
+                else ("switch off augmentation and shuffling, or hold each sample's draw by --freeze-augmentation")
+            )
             raise BadInput(
-                f"{name}[{index}]: expected the same sample each time it is fetched, found two different ones;"
-                f" switch off augmentation and shuffling"
+                f"{name}[{index}]: expected the same sample each time it is fetched, found two different ones; {remedy}"
             )
     return first
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +63,25 @@ def batches(
         if isinstance(batch, BadInput):
             raise batch
         yield replace(batch, data=to_device(batch.data, device))
+
+
+@contextmanager
+def workers_are_missed() -> Iterator[None]:
+    """`BadInput` if a process that loads samples is gone: torch's loader raises that wherever the program just is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not loader_died(error):
+            raise
+        raise BadInput(
+            f"workers: a process that loads samples died ({str(error).split('.')[0]}); is there memory for so many?"
+            " With --workers 0 samples are loaded in this process; what was committed is kept"
+        ) from error
+
+
+def loader_died(error: BaseException) -> bool:
+    """Whether torch's loader says that one of its processes is gone."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
 def digests_at(dataset: Any, name: str, indices: Sequence[int]) -> NDArray[np.uint64]:

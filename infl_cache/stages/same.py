@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from infl_cache.maths.params import Parameters
 from infl_cache.maths.probe import check_data, probe_batch
 from infl_cache.maths.samples import digests_at, plain_tensors, spread
 from infl_cache.maths.task import Task, losses_of
-from infl_cache.stages.opening import Opened, task_identity, test_identity
+from infl_cache.progress import progress
+from infl_cache.stages.opening import Opened, as_stored, log, task_identity, test_identity
 from infl_cache.stages.selection import count_of_tests
 
 CHECK_SECONDS = 2.0
@@ -37,6 +39,7 @@ def check_against_store(run: Opened, stage: str) -> None:
     done = run.folder.done(stage)
     if not done:
         return
+    resources = run.options.resources
     name = "train" if stage == "grads" else "test"
     store = run.folder.store(stage)
     every = run.folder.stage_blocks(stage)
@@ -44,19 +47,35 @@ def check_against_store(run: Opened, stage: str) -> None:
     parts = [store.read_block(every[index], columns) for index in sorted(done)]
     samples = run.folder.samples(stage)
     rows = np.concatenate([samples[every[index].start : every[index].stop] for index in sorted(done)])
-    check_digests(getattr(run.task, name), name, rows.tolist(), np.concatenate([part["digest"] for part in parts]))
+    digests, full = np.concatenate([part["digest"] for part in parts]), resources.check_data == "full"
+    with progress(f"check {name}", len(rows), show=resources.progress and full) as bar:
+
+        def compared(count: int) -> None:
+            bar.advance(count)
+            run.check()
+
+        found = check_digests(getattr(run.task, name), name, rows.tolist(), digests, full, compared)
+    if found < len(rows):
+        log.warning(
+            f"{found:,} of {len(rows):,} {name} samples were compared with those that {stage} was computed from;"
+            " --check-data full compares all"
+        )
     for column in columns[1:]:
         stored = np.concatenate([part[column] for part in parts])
         check_values(run.task, name, column, rows.tolist(), stored, run.device)
 
 
-def check_digests(dataset: Any, name: str, rows: Sequence[int], stored: NDArray[Any]) -> None:
-    """`ForeignRun` naming the first sample found that is not the one a stored row was computed from.
+def check_digests(
+    dataset: Any, name: str, rows: Sequence[int], stored: NDArray[Any], full: bool = False,
+    compared: Callable[[int], None] = lambda count: None,
+) -> int:  # fmt: skip
+    """How many samples were compared with those that the stored rows were computed from.
 
-    `BadInput` if that sample differs from itself when it is fetched twice.
-    Goes through the rows in random order until two seconds have passed; all of them where those suffice.
+    Goes through the rows in random order until two seconds have passed, or all of them (`full`); `compared` is told
+    of every few. Raises `ForeignRun` naming the first sample found that is another, `BadInput` if that sample differs
+    from itself when it is fetched twice.
     """
-    deadline = time.perf_counter() + CHECK_SECONDS
+    deadline = math.inf if full else time.perf_counter() + CHECK_SECONDS
     order = np.random.default_rng(0).permutation(len(rows))
     at_once = 1 if plain_tensors(dataset) is None else CHECKED_AT_ONCE
     for start in range(0, len(rows), at_once):
@@ -69,8 +88,10 @@ def check_digests(dataset: Any, name: str, rows: Sequence[int], stored: NDArray[
             raise ForeignRun(
                 f"{name}[{index}]: expected the sample that the stored rows were computed from, found another; {REMEDY}"
             )
+        compared(len(indices))
         if time.perf_counter() > deadline:
-            return
+            return start + len(indices)
+    return len(rows)
 
 
 def check_values(
@@ -102,6 +123,7 @@ def check_same_identity(folder: RunFolder, task: Task, parameters: Parameters) -
 
 def check_same_task(folder: RunFolder, task: Task) -> None:
     """`ForeignRun` unless the samples of a task are those of a finished run; for commands that only show them."""
+    task = as_stored(folder, task)
     for stage, name in (("grads", "train"), ("stest", "test")):
         expected = folder.plan("grads")["n_rows"] if stage == "grads" else count_of_tests(folder)
         if len(getattr(task, name)) != expected:

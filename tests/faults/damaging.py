@@ -8,7 +8,7 @@ from infl_cache import Run
 from infl_cache.disk.ledger import Ledger
 from infl_cache.errors import DamagedStore, IncompleteStore
 from tests import tasks
-from tests.killing import note
+from tests.faults.killing import note
 
 QUIET = {"progress": False}
 OPTIONS = {"block_rows": 8, "test_block_rows": 3, "tile_rows": 3, "solver": "exact", "damping": 0.1, **QUIET}

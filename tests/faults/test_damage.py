@@ -28,7 +28,7 @@ from tests.faults.damaging import (
     task,
     try_damages,
 )
-from tests.killing import killed, started, wait_for_lines
+from tests.faults.killing import killed, started, wait_for_lines
 
 CHUNK = "grad_z.zarr/0/input/c.1.0.0"
 OTHER = "s_test.zarr/s_test/c.1.0"
