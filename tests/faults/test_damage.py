@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from infl_cache import Run
 from infl_cache.__main__ import main
@@ -214,6 +215,24 @@ def test_without_a_matrix_of_what_the_rankings_are_made_of(names, again, tmp_pat
     assert tiles == again
     assert sorted(found) == sorted([("influence", index) for index in range(tiles)]
                                    + [("rankings", 0)] * ("rankings.npz" in names))  # fmt: skip
+
+
+def test_rankings_are_never_made_of_sums_that_are_of_another_length(tmp_path):
+    calm = made(tmp_path / "calm", matrix=False)
+    damaged(calm.path / "rankings.npz", "half")
+    run = Run(calm.path, task(), top_k=3, **OPTIONS)
+    assert run.verify(repair=True).faults == ()
+    expected = made(tmp_path / "other", matrix=False)
+    assert run.helpful(0, k=3).ids.tolist() == expected.helpful(0, k=3).ids.tolist()
+
+
+@pytest.mark.parametrize("stage", ["rankings", "layer_shares", "self_ranking"])
+def test_a_repair_that_was_stopped_before_its_last_file(stage, run, calm, monkeypatch):
+    folder = RunFolder(run.path)
+    folder.configuration = yaml.safe_load((run.path / "run.yaml").read_text())
+    with folder.writing():
+        folder.drop([stage])
+    assert repaired_as_it_was(run, calm, Commits(monkeypatch)) == [(stage, 0)]
 
 
 def test_an_unfinished_stage_is_not_carried_on(tmp_path, monkeypatch):
