@@ -13,8 +13,9 @@ from infl_cache.config.files import MAX_CONFIG_BYTES, read_config_file
 from infl_cache.errors import BadInput
 
 __all__ = [
-    "MAX_CONFIG_BYTES", "SECTIONS", "GradsOptions", "InfluenceOptions", "Options", "Resources", "SelectionOptions",
-    "StestOptions", "option", "option_fields", "options_of", "parse_size", "read_config_file", "short",
+    "MAX_CONFIG_BYTES", "SECTIONS", "DataOptions", "GradsOptions", "InfluenceOptions", "Options", "Resources",
+    "SelectionOptions", "StestOptions", "option", "option_fields", "options_of", "parse_size", "read_config_file",
+    "short",
 ]  # fmt: skip
 
 Made = TypeVar("Made")
@@ -23,6 +24,15 @@ Made = TypeVar("Made")
 def option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
     """A dataclass field that carries its help text and inclusive range."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How the samples are fetched. Part of the identity of the task."""
+
+    freeze_augmentation: bool = option(
+        False, "draw each sample with a seed of its own, so that random transforms give the same one each time"
+    )
 
 
 @dataclass(frozen=True)
@@ -134,10 +144,14 @@ class Resources:
     block_rows: int | None = option(None, "training samples in one committed block; from memory if not given", 1)
     test_block_rows: int | None = option(None, "test samples solved together and committed as one block", 1)
     tile_rows: int | None = option(None, "test samples in one tile of the influence matrix; from memory", 1)
+    check_data: Literal["sample", "full"] = option(
+        "sample", "samples compared with what stored rows were computed from: as many as two seconds allow, or all"
+    )
     progress: bool = option(True, "progress bars (they are silent in a file anyway)")
 
 
 SECTIONS = {
+    "data": DataOptions,
     "grads": GradsOptions,
     "stest": StestOptions,
     "selection": SelectionOptions,
@@ -149,12 +163,13 @@ SECTIONS = {
 # What a value should have been, where the name of its type does not tell.
 @dataclass(frozen=True)
 class Options:
-    """All options, resolved; one flat mapping outside, five groups inside.
+    """All options, resolved; one flat mapping outside, six groups inside.
 
     >>> Options.resolve({"damping": 0.1, "memory": "2GB"}).resources.memory
     2000000000
     """
 
+    data: DataOptions = DataOptions()
     grads: GradsOptions = GradsOptions()
     stest: StestOptions = StestOptions()
     selection: SelectionOptions = SelectionOptions()

@@ -58,10 +58,31 @@ def batches(
             # its own generator: the seeds of the workers are not to be drawn from the user's
             generator=torch.Generator(),
         )
-    for batch in loaded:
+    for batch in _alive(loaded, name):
         if isinstance(batch, BadInput):
             raise batch
         yield replace(batch, data=to_device(batch.data, device))
+
+
+def _alive(loaded: Iterable[Batch], name: str) -> Iterator[Batch]:
+    """The batches; a worker process that died becomes `BadInput` with the samples that came before."""
+    source, before = iter(loaded), "before the first sample"
+    while True:
+        try:
+            batch = next(source)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise BadInput(
+                f"{name}: expected worker processes that load every sample, found one that died {before}"
+                f" ({str(error).splitlines()[0]}); mend the data set or give it more memory, or load without them by"
+                " --workers 0; what is done stays done"
+            ) from error
+        yield batch
+        if isinstance(batch, Batch):
+            before = f"after sample {batch.indices[-1]}"
 
 
 def digests_at(dataset: Any, name: str, indices: Sequence[int]) -> NDArray[np.uint64]:

@@ -25,6 +25,7 @@ from infl_cache.heap import freed_memory_kept
 from infl_cache.interrupt import stop_between_blocks
 from infl_cache.maths import measures
 from infl_cache.maths.digest import code_digest, digest_of, weights_digest
+from infl_cache.maths.frozen import SEED, Frozen, frozen
 from infl_cache.maths.model import unwrapped
 from infl_cache.maths.params import Parameters, select
 from infl_cache.maths.probe import check_data
@@ -87,14 +88,29 @@ def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
         looked_at(folder, task, options) as run, folder.writing(), stop_between_blocks() as check, freed_memory_kept()
     ):  # fmt: skip
         remember_tests(folder)
-        yield dataclasses.replace(run, check=check, task_identity=task_identity(run.task, run.parameters))
+        identity = task_identity(run.task, run.parameters)
+        if "freeze_augmentation" in identity and folder.manifest.task != identity:
+            log.warning(
+                f"augmentation is frozen: sample i is drawn with a seed made of ({SEED}, train or test, i) each time;"
+                " the results speak of that draw"
+            )
+        yield dataclasses.replace(run, check=check, task_identity=identity)
 
 
 def as_asked(task: Task, options: Options) -> Task:
-    """The task with its plain model and the measure that is asked for; `BadInput` for test samples it does not have."""
+    """The task with its plain model, the measure and the data that are asked for.
+
+    `BadInput` for test samples it does not have.
+    """
     check_selection(options.selection, len(task.test))
     measure = measures.named(options.selection.measure, task.measure)
-    return dataclasses.replace(task, model=unwrapped(task.model), measure=measure)
+    made = dataclasses.replace(task, model=unwrapped(task.model), measure=measure)
+    return frozen(made) if options.data.freeze_augmentation else made
+
+
+def as_stored(folder: RunFolder, task: Task) -> Task:
+    """The task with the data that a run was computed from: frozen if they were."""
+    return frozen(task) if "freeze_augmentation" in (folder.manifest.task or {}) else task
 
 
 def choose_device(name: str) -> torch.device:
@@ -119,7 +135,10 @@ def memory_budget(asked: int | None, device: torch.device) -> int:
 
 def task_identity(task: Task, parameters: Parameters) -> Identity:
     """What every stage's numbers depend on; a change of any field makes the run another run."""
+    # Runs of data as they are say nothing of it: nor do those of versions before there was such an option.
+    drawn = {"freeze_augmentation": f"seed {SEED}"} if isinstance(task.train, Frozen) else {}
     return {
+        **drawn,
         "model": digest_of([type(task.model).__qualname__, re.sub(r"0x[0-9a-f]+", "", repr(task.model))]),
         "weights": weights_digest(task.model),
         "n_params": parameters.size,

@@ -19,7 +19,7 @@ from infl_cache.stages import rank
 from infl_cache.stages.blocks import some
 from infl_cache.stages.columns import stored_column
 from infl_cache.stages.layers import has_layers, stored_shares
-from infl_cache.stages.opening import log
+from infl_cache.stages.opening import as_stored, log
 from infl_cache.stages.rankings import has_matrix, stored_length, stored_rankings, strongest
 from infl_cache.stages.same import check_same_task
 from infl_cache.stages.tiles import matrix_tests, require_sound_matrix, sign_of
@@ -48,6 +48,7 @@ def report(folder: RunFolder, task: Task | None = None) -> str:
         require_sound_matrix(folder)
     if task is not None:
         check_same_task(folder, task)
+        task = as_stored(folder, task)
     asked = worst_test_samples(folder, SHOWN)
     labels = stored_column(folder, "grads", "target")
     names = task.classes if task is not None else None

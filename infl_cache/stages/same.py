@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from infl_cache.maths.params import Parameters
 from infl_cache.maths.probe import check_data, probe_batch
 from infl_cache.maths.samples import digests_at, plain_tensors, spread
 from infl_cache.maths.task import Task, losses_of
-from infl_cache.stages.opening import Opened, task_identity, test_identity
+from infl_cache.progress import progress
+from infl_cache.stages.opening import Opened, as_stored, log, task_identity, test_identity
 from infl_cache.stages.selection import count_of_tests
 
 CHECK_SECONDS = 2.0
@@ -44,7 +45,12 @@ def check_against_store(run: Opened, stage: str) -> None:
     parts = [store.read_block(every[index], columns) for index in sorted(done)]
     samples = run.folder.samples(stage)
     rows = np.concatenate([samples[every[index].start : every[index].stop] for index in sorted(done)])
-    check_digests(getattr(run.task, name), name, rows.tolist(), np.concatenate([part["digest"] for part in parts]))
+    stored_digests = np.concatenate([part["digest"] for part in parts])
+    resources = run.options.resources
+    if resources.check_data == "full":
+        check_all_digests(getattr(run.task, name), name, rows.tolist(), stored_digests, run.check, resources.progress)
+    else:
+        check_digests(getattr(run.task, name), name, rows.tolist(), stored_digests)
     for column in columns[1:]:
         stored = np.concatenate([part[column] for part in parts])
         check_values(run.task, name, column, rows.tolist(), stored, run.device)
@@ -54,23 +60,48 @@ def check_digests(dataset: Any, name: str, rows: Sequence[int], stored: NDArray[
     """`ForeignRun` naming the first sample found that is not the one a stored row was computed from.
 
     `BadInput` if that sample differs from itself when it is fetched twice.
-    Goes through the rows in random order until two seconds have passed; all of them where those suffice.
+    Goes through the rows in random order until two seconds have passed, and then says how many it saw; through all of
+    them where those suffice.
     """
-    deadline = time.perf_counter() + CHECK_SECONDS
-    order = np.random.default_rng(0).permutation(len(rows))
-    at_once = 1 if plain_tensors(dataset) is None else CHECKED_AT_ONCE
-    for start in range(0, len(rows), at_once):
-        places = order[start : start + at_once]
-        indices = [int(rows[place]) for place in places]
-        differing = np.flatnonzero(digests_at(dataset, name, indices) != stored[places])
-        if len(differing):
-            index = indices[int(differing[0])]
-            check_data(dataset, name, [index] * FETCHED_AGAIN)
-            raise ForeignRun(
-                f"{name}[{index}]: expected the sample that the stored rows were computed from, found another; {REMEDY}"
+    deadline, checked = time.perf_counter() + CHECK_SECONDS, 0
+    for places in _at_once(dataset, np.random.default_rng(0).permutation(len(rows))):
+        _compare(dataset, name, rows, stored, places)
+        checked += len(places)
+        if checked < len(rows) and time.perf_counter() > deadline:
+            log.warning(
+                f"{checked:,} of {len(rows):,} {name} samples were compared with those that the stored rows were"
+                " computed from; --check-data full compares all"
             )
-        if time.perf_counter() > deadline:
             return
+
+
+def check_all_digests(
+    dataset: Any, name: str, rows: Sequence[int], stored: NDArray[Any], check: Callable[[], None], show: bool
+) -> None:
+    """`check_digests` of every row, in their order, however long it takes; `check()` may raise between samples."""
+    with progress(f"check {name}", len(rows), show=show) as bar:
+        for places in _at_once(dataset, np.arange(len(rows))):
+            _compare(dataset, name, rows, stored, places)
+            bar.advance(len(places))
+            check()
+
+
+def _at_once(dataset: Any, order: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Places in that order, one by one; those of a plain data set many at a time."""
+    size = 1 if plain_tensors(dataset) is None else CHECKED_AT_ONCE
+    return (order[start : start + size] for start in range(0, len(order), size))
+
+
+def _compare(dataset: Any, name: str, rows: Sequence[int], stored: NDArray[Any], places: NDArray[np.int64]) -> None:
+    """`ForeignRun` or `BadInput` for the first of the rows at `places` whose sample is not the stored one."""
+    indices = [int(rows[place]) for place in places]
+    differing = np.flatnonzero(digests_at(dataset, name, indices) != stored[places])
+    if len(differing):
+        index = indices[int(differing[0])]
+        check_data(dataset, name, [index] * FETCHED_AGAIN)
+        raise ForeignRun(
+            f"{name}[{index}]: expected the sample that the stored rows were computed from, found another; {REMEDY}"
+        )
 
 
 def check_values(
@@ -102,6 +133,7 @@ def check_same_identity(folder: RunFolder, task: Task, parameters: Parameters) -
 
 def check_same_task(folder: RunFolder, task: Task) -> None:
     """`ForeignRun` unless the samples of a task are those of a finished run; for commands that only show them."""
+    task = as_stored(folder, task)
     for stage, name in (("grads", "train"), ("stest", "test")):
         expected = folder.plan("grads")["n_rows"] if stage == "grads" else count_of_tests(folder)
         if len(getattr(task, name)) != expected:

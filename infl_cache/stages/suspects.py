@@ -16,7 +16,7 @@ from infl_cache.disk.run import RunFolder
 from infl_cache.maths.samples import fetch
 from infl_cache.maths.task import Task
 from infl_cache.stages.columns import stored_column
-from infl_cache.stages.opening import Opened, log
+from infl_cache.stages.opening import Opened, as_stored, log
 from infl_cache.stages.report import label_text, picture_of, show
 
 FILE, PICTURE = "self_influence.npz", "report/self_influence.png"
@@ -62,6 +62,7 @@ def write_ranking(run: Opened, anew: bool) -> None:
 
 def suspects_report(folder: RunFolder, task: Task | None) -> str:
     """The table of the largest self-influences as text, and the path of the picture if there is one."""
+    task = None if task is None else as_stored(folder, task)
     values, classes = column(folder, "self_influence"), task.classes if task is not None else None
     ids = descending(values)
     labels, losses = (stored_column(folder, "grads", name) for name in ("target", "loss"))
