@@ -27,15 +27,6 @@ def option(default: Any, help: str, low: float | None = None, high: float | None
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """How the samples are fetched. Part of the identity of the task."""
-
-    freeze_augmentation: bool = option(
-        False, "draw each sample with a seed of its own, so that random transforms give the same one each time"
-    )
-
-
-@dataclass(frozen=True)
 class GradsOptions:
     """Stage 1: what is stored of every training gradient. Part of that stage's identity."""
 
@@ -99,6 +90,15 @@ class StestOptions:
 
 
 @dataclass(frozen=True)
+class DataOptions:
+    """The data: how samples are fetched. Part of every stage's identity."""
+
+    freeze_augmentation: bool = option(
+        False, "data that are drawn anew at each fetch: draw sample i always by the same seed (--freeze-augmentation)"
+    )
+
+
+@dataclass(frozen=True)
 class SelectionOptions:
     """What is asked: about which test samples, and about which quantity. More test samples can follow later."""
 
@@ -145,7 +145,9 @@ class Resources:
     test_block_rows: int | None = option(None, "test samples solved together and committed as one block", 1)
     tile_rows: int | None = option(None, "test samples in one tile of the influence matrix; from memory", 1)
     check_data: Literal["sample", "full"] = option(
-        "sample", "samples compared with what stored rows were computed from: as many as two seconds allow, or all"
+        "sample",
+        "how many samples are compared with those that stored rows were computed from: as many as two seconds suffice"
+        " for, or all",
     )
     progress: bool = option(True, "progress bars (they are silent in a file anyway)")
 

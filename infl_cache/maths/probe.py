@@ -16,12 +16,6 @@ from infl_cache.maths.params import Parameters
 from infl_cache.maths.samples import Batch, batches, fetch
 from infl_cache.maths.task import Task, losses_of, reference_gradient, requiring_grad
 
-SWITCHED_OFF = "switch off augmentation and shuffling, or give each sample one draw by --freeze-augmentation"
-DRAWN_ELSEWHERE = (
-    "--freeze-augmentation sets the global generators of torch, numpy and random alone: draw from these, not from a"
-    " generator of its own"
-)
-
 
 def probe_batch(task: Task, indices: Sequence[int], device: torch.device, name: str = "train") -> Batch:
     """Samples `indices` of the training (or test) set as one batch."""
@@ -31,9 +25,14 @@ def probe_batch(task: Task, indices: Sequence[int], device: torch.device, name: 
 def check_data(dataset: Any, name: str, indices: Sequence[int]) -> list[int]:
     """Digests of samples `indices`; `BadInput` if one differs when it is fetched a second time."""
     first = [sample_digest(fetch(dataset, index, name)) for index in indices]
-    remedy = DRAWN_ELSEWHERE if isinstance(dataset, Frozen) else SWITCHED_OFF
     for index, digest in zip(indices, first, strict=True):
         if sample_digest(fetch(dataset, index, name)) != digest:
+            held = isinstance(dataset, Frozen)
+            remedy = (
+                "it draws from generators of its own, which cannot be frozen: switch that off"
+                if held
+                else ("switch off augmentation and shuffling, or hold each sample's draw by --freeze-augmentation")
+            )
             raise BadInput(
                 f"{name}[{index}]: expected the same sample each time it is fetched, found two different ones; {remedy}"
             )

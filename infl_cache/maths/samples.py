@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,31 +59,29 @@ def batches(
             # its own generator: the seeds of the workers are not to be drawn from the user's
             generator=torch.Generator(),
         )
-    for batch in _alive(loaded, name):
+    for batch in loaded:
         if isinstance(batch, BadInput):
             raise batch
         yield replace(batch, data=to_device(batch.data, device))
 
 
-def _alive(loaded: Iterable[Batch], name: str) -> Iterator[Batch]:
-    """The batches; a worker process that died becomes `BadInput` with the samples that came before."""
-    source, before = iter(loaded), "before the first sample"
-    while True:
-        try:
-            batch = next(source)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise BadInput(
-                f"{name}: expected worker processes that load every sample, found one that died {before}"
-                f" ({str(error).splitlines()[0]}); mend the data set or give it more memory, or load without them by"
-                " --workers 0; what is done stays done"
-            ) from error
-        yield batch
-        if isinstance(batch, Batch):
-            before = f"after sample {batch.indices[-1]}"
+@contextmanager
+def workers_are_missed() -> Iterator[None]:
+    """`BadInput` if a process that loads samples is gone: torch's loader raises that wherever the program just is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not loader_died(error):
+            raise
+        raise BadInput(
+            f"workers: a process that loads samples died ({str(error).split('.')[0]}); is there memory for so many?"
+            " With --workers 0 samples are loaded in this process; what was committed is kept"
+        ) from error
+
+
+def loader_died(error: BaseException) -> bool:
+    """Whether torch's loader says that one of its processes is gone."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
 def digests_at(dataset: Any, name: str, indices: Sequence[int]) -> NDArray[np.uint64]:

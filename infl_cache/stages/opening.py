@@ -25,11 +25,11 @@ from infl_cache.heap import freed_memory_kept
 from infl_cache.interrupt import stop_between_blocks
 from infl_cache.maths import measures
 from infl_cache.maths.digest import code_digest, digest_of, weights_digest
-from infl_cache.maths.frozen import SEED, Frozen, frozen
+from infl_cache.maths.frozen import Frozen, frozen
 from infl_cache.maths.model import unwrapped
 from infl_cache.maths.params import Parameters, select
 from infl_cache.maths.probe import check_data
-from infl_cache.maths.samples import spread
+from infl_cache.maths.samples import spread, workers_are_missed
 from infl_cache.maths.task import Task, evaluating
 from infl_cache.stages.selection import check_selection, remember_tests
 
@@ -85,32 +85,36 @@ def looked_at(folder: RunFolder, task: Task, options: Options) -> Iterator[Opene
 def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
     """`looked_at`, with the folder locked and signals caught; all of it is undone on leaving."""
     with (
-        looked_at(folder, task, options) as run, folder.writing(), stop_between_blocks() as check, freed_memory_kept()
+        looked_at(folder, task, options) as run, folder.writing(), stop_between_blocks() as check, freed_memory_kept(),
+        workers_are_missed(),
     ):  # fmt: skip
         remember_tests(folder)
-        identity = task_identity(run.task, run.parameters)
-        if "freeze_augmentation" in identity and folder.manifest.task != identity:
+        if not folder.manifest.stages and _is_frozen(run.task):
             log.warning(
-                f"augmentation is frozen: sample i is drawn with a seed made of ({SEED}, train or test, i) each time;"
-                " the results speak of that draw"
+                "augmentation is frozen: each sample is drawn once, by a seed made of its number; the results speak of"
+                " these draws"
             )
-        yield dataclasses.replace(run, check=check, task_identity=identity)
+        yield dataclasses.replace(run, check=check, task_identity=task_identity(run.task, run.parameters))
 
 
 def as_asked(task: Task, options: Options) -> Task:
-    """The task with its plain model, the measure and the data that are asked for.
+    """The task with its plain model, its data frozen and the measure chosen where that is asked for.
 
-    `BadInput` for test samples it does not have.
+    Raises `BadInput` for test samples it does not have.
     """
     check_selection(options.selection, len(task.test))
     measure = measures.named(options.selection.measure, task.measure)
-    made = dataclasses.replace(task, model=unwrapped(task.model), measure=measure)
-    return frozen(made) if options.data.freeze_augmentation else made
+    task = frozen(task) if options.data.freeze_augmentation else task
+    return dataclasses.replace(task, model=unwrapped(task.model), measure=measure)
 
 
 def as_stored(folder: RunFolder, task: Task) -> Task:
-    """The task with the data that a run was computed from: frozen if they were."""
-    return frozen(task) if "freeze_augmentation" in (folder.manifest.task or {}) else task
+    """The task with its data as a finished run saw them, for those who only show them."""
+    return frozen(task) if (folder.manifest.task or {}).get("frozen") else task
+
+
+def _is_frozen(task: Task) -> bool:
+    return isinstance(task.train, Frozen) or isinstance(task.test, Frozen)
 
 
 def choose_device(name: str) -> torch.device:
@@ -135,10 +139,7 @@ def memory_budget(asked: int | None, device: torch.device) -> int:
 
 def task_identity(task: Task, parameters: Parameters) -> Identity:
     """What every stage's numbers depend on; a change of any field makes the run another run."""
-    # Runs of data as they are say nothing of it: nor do those of versions before there was such an option.
-    drawn = {"freeze_augmentation": f"seed {SEED}"} if isinstance(task.train, Frozen) else {}
     return {
-        **drawn,
         "model": digest_of([type(task.model).__qualname__, re.sub(r"0x[0-9a-f]+", "", repr(task.model))]),
         "weights": weights_digest(task.model),
         "n_params": parameters.size,
@@ -147,6 +148,7 @@ def task_identity(task: Task, parameters: Parameters) -> Identity:
         "train": dataset_digest(task.train, "train"),
         "loss": code_digest(task.loss),
         "forward": digest_of([code_digest(each) for each in (task.collate, task.forward, task.targets)]),
+        **({"frozen": True} if _is_frozen(task) else {}),
     }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ def check_against_store(run: Opened, stage: str) -> None:
     done = run.folder.done(stage)
     if not done:
         return
+    resources = run.options.resources
     name = "train" if stage == "grads" else "test"
     store = run.folder.store(stage)
     every = run.folder.stage_blocks(stage)
@@ -45,63 +47,51 @@ def check_against_store(run: Opened, stage: str) -> None:
     parts = [store.read_block(every[index], columns) for index in sorted(done)]
     samples = run.folder.samples(stage)
     rows = np.concatenate([samples[every[index].start : every[index].stop] for index in sorted(done)])
-    stored_digests = np.concatenate([part["digest"] for part in parts])
-    resources = run.options.resources
-    if resources.check_data == "full":
-        check_all_digests(getattr(run.task, name), name, rows.tolist(), stored_digests, run.check, resources.progress)
-    else:
-        check_digests(getattr(run.task, name), name, rows.tolist(), stored_digests)
+    digests, full = np.concatenate([part["digest"] for part in parts]), resources.check_data == "full"
+    with progress(f"check {name}", len(rows), show=resources.progress and full) as bar:
+
+        def compared(count: int) -> None:
+            bar.advance(count)
+            run.check()
+
+        found = check_digests(getattr(run.task, name), name, rows.tolist(), digests, full, compared)
+    if found < len(rows):
+        log.warning(
+            f"{found:,} of {len(rows):,} {name} samples were compared with those that {stage} was computed from;"
+            " --check-data full compares all"
+        )
     for column in columns[1:]:
         stored = np.concatenate([part[column] for part in parts])
         check_values(run.task, name, column, rows.tolist(), stored, run.device)
 
 
-def check_digests(dataset: Any, name: str, rows: Sequence[int], stored: NDArray[Any]) -> None:
-    """`ForeignRun` naming the first sample found that is not the one a stored row was computed from.
+def check_digests(
+    dataset: Any, name: str, rows: Sequence[int], stored: NDArray[Any], full: bool = False,
+    compared: Callable[[int], None] = lambda count: None,
+) -> int:  # fmt: skip
+    """How many samples were compared with those that the stored rows were computed from.
 
-    `BadInput` if that sample differs from itself when it is fetched twice.
-    Goes through the rows in random order until two seconds have passed, and then says how many it saw; through all of
-    them where those suffice.
+    Goes through the rows in random order until two seconds have passed, or all of them (`full`); `compared` is told
+    of every few. Raises `ForeignRun` naming the first sample found that is another, `BadInput` if that sample differs
+    from itself when it is fetched twice.
     """
-    deadline, checked = time.perf_counter() + CHECK_SECONDS, 0
-    for places in _at_once(dataset, np.random.default_rng(0).permutation(len(rows))):
-        _compare(dataset, name, rows, stored, places)
-        checked += len(places)
-        if checked < len(rows) and time.perf_counter() > deadline:
-            log.warning(
-                f"{checked:,} of {len(rows):,} {name} samples were compared with those that the stored rows were"
-                " computed from; --check-data full compares all"
+    deadline = math.inf if full else time.perf_counter() + CHECK_SECONDS
+    order = np.random.default_rng(0).permutation(len(rows))
+    at_once = 1 if plain_tensors(dataset) is None else CHECKED_AT_ONCE
+    for start in range(0, len(rows), at_once):
+        places = order[start : start + at_once]
+        indices = [int(rows[place]) for place in places]
+        differing = np.flatnonzero(digests_at(dataset, name, indices) != stored[places])
+        if len(differing):
+            index = indices[int(differing[0])]
+            check_data(dataset, name, [index] * FETCHED_AGAIN)
+            raise ForeignRun(
+                f"{name}[{index}]: expected the sample that the stored rows were computed from, found another; {REMEDY}"
             )
-            return
-
-
-def check_all_digests(
-    dataset: Any, name: str, rows: Sequence[int], stored: NDArray[Any], check: Callable[[], None], show: bool
-) -> None:
-    """`check_digests` of every row, in their order, however long it takes; `check()` may raise between samples."""
-    with progress(f"check {name}", len(rows), show=show) as bar:
-        for places in _at_once(dataset, np.arange(len(rows))):
-            _compare(dataset, name, rows, stored, places)
-            bar.advance(len(places))
-            check()
-
-
-def _at_once(dataset: Any, order: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Places in that order, one by one; those of a plain data set many at a time."""
-    size = 1 if plain_tensors(dataset) is None else CHECKED_AT_ONCE
-    return (order[start : start + size] for start in range(0, len(order), size))
-
-
-def _compare(dataset: Any, name: str, rows: Sequence[int], stored: NDArray[Any], places: NDArray[np.int64]) -> None:
-    """`ForeignRun` or `BadInput` for the first of the rows at `places` whose sample is not the stored one."""
-    indices = [int(rows[place]) for place in places]
-    differing = np.flatnonzero(digests_at(dataset, name, indices) != stored[places])
-    if len(differing):
-        index = indices[int(differing[0])]
-        check_data(dataset, name, [index] * FETCHED_AGAIN)
-        raise ForeignRun(
-            f"{name}[{index}]: expected the sample that the stored rows were computed from, found another; {REMEDY}"
-        )
+        compared(len(indices))
+        if time.perf_counter() > deadline:
+            return start + len(indices)
+    return len(rows)
 
 
 def check_values(

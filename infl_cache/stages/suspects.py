@@ -62,7 +62,7 @@ def write_ranking(run: Opened, anew: bool) -> None:
 
 def suspects_report(folder: RunFolder, task: Task | None) -> str:
     """The table of the largest self-influences as text, and the path of the picture if there is one."""
-    task = None if task is None else as_stored(folder, task)
+    task = as_stored(folder, task) if task is not None else None
     values, classes = column(folder, "self_influence"), task.classes if task is not None else None
     ids = descending(values)
     labels, losses = (stored_column(folder, "grads", name) for name in ("target", "loss"))
