@@ -101,6 +101,7 @@ class RunFolder:
 
         With `force` the stage and its children will be removed by `begin`, once the new ones have been tried;
         with `force="all"`, or in stage 1 for another task, everything will. The other stages refuse another task.
+        Nothing is written: a stage that goes on calls `go_on` once it has seen that the samples are the stored ones.
         """
         self._anew = (stage, *CHILDREN[stage]) if force else (stage,)
         if force == "all" or (force and stage == "grads" and differences(self.manifest.task or task, task)):
@@ -109,9 +110,12 @@ class RunFolder:
         entry = self.manifest.stages.get(stage)
         if force or entry is None or (not self.records(stage) and entry["identity"] != identity):
             return None
-        self._write_run_yaml()
         plan: dict[str, Any] = entry["plan"]
         return plan
+
+    def go_on(self) -> None:
+        """Write down the configuration that a stage begun earlier goes on with."""
+        self._write_run_yaml()
 
     def begin(self, stage: str, task: Identity, identity: Identity, plan: dict[str, Any]) -> None:
         """Write down what `stage` will be computed from and how its files are cut, before any of them."""

@@ -51,10 +51,12 @@ def grads(run: Opened, force: Force = False) -> StageResult:
     notes: list[str] = []
     if plan is None:
         plan, notes = _begin(run, identity)
+    else:
+        check_against_store(run, "grads")
+        run.folder.go_on()
     forms = Forms.from_json(plan["forms"])
     done = run.folder.done("grads")
     todo = [block for block in run.folder.stage_blocks("grads") if block.index not in done]
-    check_against_store(run, "grads")
     timings = Timings()
     if todo:
         if done and identity["cache"]:

@@ -72,6 +72,7 @@ def influence(run: Opened, force: Force = False) -> StageResult:
     if plan is None:
         folder.begin("influence", run.task_identity, identity, _plan(run))
     else:
+        folder.go_on()
         _extend(folder)
     tiles = planned_tiles(folder)
     standings: Standings | None = None

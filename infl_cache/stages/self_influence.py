@@ -56,10 +56,13 @@ def self_influence(run: Opened, force: Force = False) -> StageResult:
     skipped = _require_gradients(run)
     _keep_options_of_stage_2(folder)
     identity = _identity(run)
-    if folder.claim(STAGE, run.task_identity, identity, force) is None:
-        _begin(run, identity)
-    done = folder.done(STAGE)
+    plan = folder.claim(STAGE, run.task_identity, identity, force)
     check_against_store(run, "grads")
+    if plan is None:
+        _begin(run, identity)
+    else:
+        folder.go_on()
+    done = folder.done(STAGE)
     todo = [block for block in folder.stage_blocks(STAGE) if block.index not in done]
     if todo:
         _compute(run, todo)

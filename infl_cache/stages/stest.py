@@ -54,15 +54,18 @@ def stest(run: Opened, force: Force = False) -> StageResult:
     identity = _identity(run)
     asked = asked_tests(run.options.selection, run.task, run.options.resources.progress)
     anew = run.folder.claim("stest", run.task_identity, identity, force) is None
+    if not anew:
+        check_against_store(run, "stest")
+    if "grads" in run.folder.manifest.stages:
+        check_against_store(run, "grads")
     require_room_for_s_test(run, _rows_left(run, asked, anew), anew)
     if anew:
         _begin(run, identity, asked or list(range(len(run.task.test))))
-    elif asked is not None:
-        _go_on_with(run, asked)
+    else:
+        run.folder.go_on()
+        if asked is not None:
+            _go_on_with(run, asked)
     done = run.folder.done("stest")
-    check_against_store(run, "stest")
-    if "grads" in run.folder.manifest.stages:
-        check_against_store(run, "grads")
     todo = [block for block in run.folder.stage_blocks("stest") if block.index not in done]
     samples = run.folder.samples("stest")
     count = int((samples >= 0).sum())
