@@ -10,7 +10,7 @@ RUN ?= runs/digits
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help grads stest influence self-influence status report validate export test check bench clean
+.PHONY: help grads stest influence self-influence status report validate export test faults check bench clean
 
 help: ## print this
 	@echo "usage: make TARGET [TASK=file.py:function] [RUN=folder] [ARGS='--damping 0.1 ...']"
@@ -51,6 +51,9 @@ export: $(STAMP) ## the finished matrix as json or csv: ARGS='--format csv --out
 
 test: $(STAMP) ## all tests, a part of the files on each core
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+faults: $(STAMP) ## the long versions of the tests of faults, about ten minutes, with their seeds
+	INFL_CACHE_FAULTS=long $(BIN)/python -m pytest tests/faults -s --durations 5
 
 check: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

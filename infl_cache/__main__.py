@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 
 from infl_cache.arguments import parser
 from infl_cache.config import read_config_file
+from infl_cache.disk.durable import require_writable, write_atomically
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput, DamagedStore, InflCacheError, Interrupted
 from infl_cache.maths.load import load_task
@@ -29,7 +30,7 @@ from infl_cache.stages.report import report
 from infl_cache.stages.status import status
 from infl_cache.stages.suspects import suspects_report
 from infl_cache.stages.validate import ValidateOptions
-from infl_cache.stages.verify import verify
+from infl_cache.stages.verify import Verdict, part_of, verify
 
 
 def entry() -> None:
@@ -157,12 +158,38 @@ def _status(given: Namespace) -> None:
 
 
 def _verify(given: Namespace) -> None:
-    folder = RunFolder(Path(given.run))
-    faults = verify(folder)
-    if faults:
-        more = f"\n{len(faults)} files are damaged; restore them, or start their stage over with --force"
-        raise DamagedStore("\n".join(faults) + more)
-    print(f"{folder.path}: everything is as it was committed")
+    sample, target = part_of(given.sample) if given.sample is not None else None, given.json
+    if target not in (None, "-"):
+        require_writable(Path(target))
+    found = (
+        _to_repair(given).verify(sample, repair=True) if given.repair else verify(RunFolder(Path(given.run)), sample)
+    )
+    if target == "-":
+        print(found.as_json(), end="")
+    elif target is not None:
+        write_atomically(Path(target), found.as_json().encode())
+    if not found.sound:
+        raise DamagedStore(f"{found}\n{_remedy(found, given.repair)}")
+    if target != "-":
+        print(found)
+
+
+def _remedy(found: Verdict, repaired: bool) -> str:
+    count = f"{len(found.faults):,} faults" if len(found.faults) > 1 else "1 fault"
+    if repaired:
+        return f"{count} left that cannot be repaired; restore the files, or start their stage over with --force"
+    return f"{count}; infl-cache verify {shlex.quote(found.path)} --repair makes again what is damaged"
+
+
+def _to_repair(given: Namespace) -> Run:
+    """The run with the task and the options that it was made with, as `run --config RUN/run.yaml` has them."""
+    config = Path(given.run) / "run.yaml"
+    if not (Path(given.run) / "manifest.json").exists():
+        raise BadInput(f"{given.run}: expected a run folder, found no manifest.json there")
+    own = {name: given[name] for name in ("task", "task_args") if given[name]}
+    if config.exists():
+        own["config"] = str(config)
+    return _prepared(Namespace(**own, run=given.run))[0]  # type: ignore[no-untyped-call]
 
 
 def _export(given: Namespace) -> None:

@@ -23,7 +23,7 @@ HELP = {
     "self-influence": "which training samples are probably mislabelled: needs stage 1 alone",
     "plan": "before anything runs: bytes, memory and time of each stage, and what other choices would cost",
     "status": "what is done, what is left, sizes, rates (also while a run is going on)",
-    "verify": "compare every byte of the run folder with its ledger; exit 4 if something is damaged",
+    "verify": "compare the run folder with its ledger, every byte or a --sample; exit 4 if something is damaged",
     "validate": "is it true? retrains without chosen samples, beside what a finished run predicts; into RUN/validate",
     "export": "the finished matrix as json (structure of pytorch_influence_functions) or csv",
     "report": "the most helpful and harmful training samples of some test samples, as a table and a picture",
@@ -36,6 +36,7 @@ EPILOG = """examples:
   infl-cache run --config runs/cifar/run.yaml
   infl-cache plan --task task.py:cifar --run runs/cifar --n-train 10^9 --device h100 --disk 7GB/s
   infl-cache status runs/cifar
+  infl-cache verify runs/cifar --sample 5%
   infl-cache validate --task task.py:cifar --run runs/cifar --kind lds --subsets 100
   infl-cache export runs/cifar --format csv --out influence.csv
 
@@ -122,8 +123,15 @@ def _reader_parser(name: str) -> ArgumentParser:
         made.add_argument("--format", type=str, default="json", help=f"one of {', '.join(FORMATS)} (default: json)")
         made.add_argument("--out", type=str | None, help="the file to write (default: RUN/export/influence.FORMAT)")
         made.add_argument("--top-k", type=int | None, help="length of the rankings (default: all in json, 100 in csv)")
-    if name == "report":
-        made.add_argument("--task", type=str | None, help="the task, to draw its samples: path/to/file.py:function")
+    if name == "verify":
+        made.add_argument("--sample", type=str | None, help="read the contents of a random part only: 5%% or 0.05")
+        made.add_argument("--json", type=str | None, help="a file for the report in JSON; - for stdout")
+        made.add_argument("--repair", action="store_true", help="make again what is damaged, and nothing else")
+    if name in ("report", "verify"):
+        why = (
+            "the task, to draw its samples" if name == "report" else "the task of --repair, if not that of RUN/run.yaml"
+        )
+        made.add_argument("--task", type=str | None, help=f"{why}: path/to/file.py:function")
         made.add_argument("--task-args", type=dict[str, Any] | None, help="arguments of the function")
     made.add_argument("--debug", action="store_true", help="show tracebacks")
     return made

@@ -25,6 +25,7 @@ from infl_cache.stages.grads import grads
 from infl_cache.stages.influence import influence
 from infl_cache.stages.opening import Opened, StageResult, opened
 from infl_cache.stages.plan import Plan, asked_of, plan
+from infl_cache.stages.repair import repaired
 from infl_cache.stages.selection import count_of_tests, held_tests
 from infl_cache.stages.self_influence import begun_with, self_influence
 from infl_cache.stages.status import Status, status
@@ -33,6 +34,7 @@ from infl_cache.stages.stored import stored_gradients
 from infl_cache.stages.suspects import column, descending
 from infl_cache.stages.validate import ValidateOptions, validate
 from infl_cache.stages.validation import Validation
+from infl_cache.stages.verify import Verdict, verify
 
 Stage = Callable[[Opened, Force], StageResult]
 STAGES: dict[str, Stage] = {"grads": grads, "stest": stest, "influence": influence}
@@ -160,6 +162,22 @@ class Run(Influences):
     def status(self) -> Status:
         """What is done and what is left; reads only, also while another process is writing."""
         return status(RunFolder(self.path))
+
+    def verify(self, sample: float | None = None, repair: bool = False) -> Verdict:
+        """Compare the folder with its ledger: its `faults` are none if everything is as it was committed.
+
+        With `sample`, 0.05 say, the contents of that part of the files, drawn anew each time, else of all of them.
+        With `repair` the blocks that are damaged are made again first, by `task` and the run's own options.
+        """
+        show = self.options.resources.progress
+        if not repair:
+            return verify(RunFolder(self.path), sample, show)
+        if self.task is None:
+            raise BadInput("task: expected a Task to repair with, found none; Run(path, task)")
+        folder, kept = RunFolder(self.path), self.path / "run.yaml"
+        own = {**self.reference, "run": str(self.path), **self.options.flat()}
+        folder.configuration = read_config_file(kept) if kept.exists() else own
+        return repaired(folder, self.task, self.options, sample)
 
     def validate(self, **options: Any) -> Validation:
         """Retrain without chosen training samples, beside what this finished run predicts of it.

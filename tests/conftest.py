@@ -11,7 +11,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # Where files are given out to processes, none of these is to be begun last and waited for alone.
 LONGEST = (
-    "test_readme.py", "test_kill.py", "test_memory.py", "test_compare_solvers.py", "test_bench_stest.py",
+    "test_readme.py", "test_kills.py", "test_memory.py", "test_compare_solvers.py", "test_bench_stest.py",
     "test_bench_grads.py",
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import google_crc32c
 
 from infl_cache.disk.direct import write_durably
-from infl_cache.errors import DiskFull
+from infl_cache.errors import BadInput, DiskFull
 
 
 def sync_file(path: Path) -> None:
@@ -42,6 +42,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data`: after a crash or power cut it holds either the old or the new content."""
     write_durably(path, data)
     sync_file(path.parent)
+
+
+def require_writable(path: Path) -> None:
+    """`BadInput` unless a file of that name could be written: said before the work, not after it."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise BadInput(f"{path}: expected a file that can be written, found a folder, or one that cannot be written in")
 
 
 def crc32c_of_file(path: Path, piece: int = 1 << 22) -> int:

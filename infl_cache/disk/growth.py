@@ -12,9 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from infl_cache.disk.durable import crc32c, write_atomically
+from infl_cache.disk.codecs import Codec
+from infl_cache.disk.durable import crc32c, make_folders, remove, write_atomically
+from infl_cache.disk.layout import ArrayLayout
 from infl_cache.disk.ledger import FileRecord
-from infl_cache.disk.store import check_file, record_of_file
+from infl_cache.disk.store import check_file, metadata_contents, record_of_file
 
 Plan = dict[str, Any]
 
@@ -29,6 +31,31 @@ def check_metadata(root: Path, plan: Plan) -> None:
     """`DamagedStore` unless the metadata files of a store are those that its plan names."""
     for each in metadata_of(root, plan):
         check_file(root, each, record_of_file)
+
+
+def restore_metadata(root: Path, stage_folder: str, plan: Plan, codec: Codec) -> list[str]:
+    """Write the metadata files of a store that are not as recorded once more; the names of those that cannot be.
+
+    What is written has the size and the checksum of the record: it is what was there.
+    """
+    layouts = [ArrayLayout.from_json(each) for each in plan["arrays"]]
+    made, failed = metadata_contents(layouts, codec), []
+    for each in metadata_of(root, plan):
+        path = root / each.path
+        if path.is_file() and record_of_file(root, path) == each:
+            continue
+        content = made.get(each.path.removeprefix(f"{stage_folder}/"), b"")
+        # A store that has grown was rewritten by us, not by zarr.
+        tried = [content, *([_with_rows(content, plan["arrays"][0]["n_rows"])] if content else [])]
+        found = next((one for one in tried if (len(one), crc32c(one)) == (each.size, each.crc)), None)
+        if found is None:
+            failed.append(each.path)
+            continue
+        if path.is_dir():
+            remove([path])
+        make_folders(path.parent)
+        write_atomically(path, found)
+    return failed
 
 
 def begin_growth(root: Path, plan: Plan, n_rows: int) -> None:

@@ -82,6 +82,13 @@ class Ledger:
             self._connection.execute("DELETE FROM files WHERE stage = ?", (stage,))
             self._connection.execute("DELETE FROM blocks WHERE stage = ?", (stage,))
 
+    def forget(self, stage: str, blocks: Iterable[int]) -> None:
+        """Forget these blocks of `stage`, all of them or, after a crash, none."""
+        keys = [(stage, block) for block in blocks]
+        with self._connection:
+            self._connection.executemany("DELETE FROM files WHERE stage = ? AND block = ?", keys)
+            self._connection.executemany("DELETE FROM blocks WHERE stage = ? AND block = ?", keys)
+
     def done(self, stage: str) -> dict[int, BlockRecord]:
         """The committed blocks of `stage`, by block index."""
         try:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from infl_cache.disk.durable import sync_file
 from infl_cache.disk.layout import consecutive
+from infl_cache.disk.sums import Bytes, extended
 from infl_cache.errors import DamagedStore
 
 Floats = NDArray[np.float32]
@@ -93,6 +94,17 @@ class MatrixFile:
         for first, part in consecutive(rows):
             values[part] = self.read(first, first + part.stop - part.start, column, columns)
         return values
+
+    def checksum_of(self, rows: Rows, column: int, columns: int, memory: Bytes) -> int:
+        """`checksum(read_rows(...))` through `memory`; `OSError` if it cannot be read."""
+        crc = 0
+        for first, part in consecutive(rows):
+            count = part.stop - part.start
+            # Whole rows lie one after the other.
+            lines, width = (1, count * columns) if columns == self.shape[1] else (count, columns)
+            for line in range(lines):
+                crc = extended(crc, self._descriptor, self._place(first + line, column), 4 * width, memory)
+        return crc
 
     def sync(self) -> None:
         """Return once everything written is on the disk."""

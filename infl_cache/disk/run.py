@@ -101,7 +101,7 @@ class RunFolder:
 
         With `force` the stage and its children will be removed by `begin`, once the new ones have been tried;
         with `force="all"`, or in stage 1 for another task, everything will. The other stages refuse another task.
-        Nothing is written: a stage that goes on calls `go_on` once it has seen that the samples are the stored ones.
+        Nothing is written: a stage that goes on calls `write_configuration` when it has seen that the samples are the stored ones.
         """
         self._anew = (stage, *CHILDREN[stage]) if force else (stage,)
         if force == "all" or (force and stage == "grads" and differences(self.manifest.task or task, task)):
@@ -112,10 +112,6 @@ class RunFolder:
             return None
         plan: dict[str, Any] = entry["plan"]
         return plan
-
-    def go_on(self) -> None:
-        """Write down the configuration that a stage begun earlier goes on with."""
-        self._write_run_yaml()
 
     def begin(self, stage: str, task: Identity, identity: Identity, plan: dict[str, Any]) -> None:
         """Write down what `stage` will be computed from and how its files are cut, before any of them."""
@@ -171,7 +167,7 @@ class RunFolder:
         """Give the stage's store at least `n_rows` rows, and its plan the facts that speak of them."""
         self._finish_growth(stage)
         begin_growth(self.path, self.plan(stage), n_rows)
-        self._write_run_yaml()
+        self.write_configuration()
         self.remember(stage, n_rows=n_rows, **facts)
         self._finish_growth(stage)
 
@@ -263,6 +259,10 @@ class RunFolder:
         self._writable.commit(record)
         return record
 
+    def forget(self, stage: str, blocks: Iterable[int]) -> None:
+        """Make blocks of a stage no facts any more: durable when this returns, before anything is made of them."""
+        self._writable.forget(stage, blocks)
+
     def record_file(self, name: str) -> FileRecord:
         """Size and checksum of a file of the folder."""
         return record_of_file(self.path, self.path / name)
@@ -283,13 +283,13 @@ class RunFolder:
             "options": {key: self.configuration[key] for key in chosen if key in self.configuration},
             "plan": plan,
         }
-        self._write_run_yaml()
+        self.write_configuration()
         self._write_manifest()
 
     def _write_manifest(self) -> None:
         self.manifest.write(self.path / "manifest.json")
 
-    def _write_run_yaml(self) -> None:
+    def write_configuration(self) -> None:
         """Keep the resolved configuration in a form that runs again as it is."""
         head = "# Written by infl_cache. Runs again as it is: infl-cache run --config run.yaml\n"
         text = head + yaml.safe_dump(dict(self.configuration), sort_keys=False)

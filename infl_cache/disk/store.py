@@ -152,9 +152,25 @@ class Store:
 
 def create_store(folder: Path, layouts: Iterable[ArrayLayout], codec: Codec) -> tuple[FileRecord, ...]:
     """Make an empty store on the disk (replacing a half-made one); return its metadata files as records."""
-    layouts = tuple(layouts)
     shutil.rmtree(folder, ignore_errors=True)
-    group = zarr.open_group(folder, mode="w-", zarr_format=3)
+    _lay_out(folder, layouts, codec)
+    files = sorted(folder.rglob(METADATA))
+    for file in files:
+        sync_file(file)
+    sync_folders([folder.parent, *(file.parent for file in files)])
+    return tuple(record_of_file(folder.parent, file) for file in files)
+
+
+def metadata_contents(layouts: Iterable[ArrayLayout], codec: Codec) -> dict[str, bytes]:
+    """What the metadata files of a store hold, by their names in it: those that `create_store` writes."""
+    kept: dict[str, Any] = {}
+    _lay_out(zarr.storage.MemoryStore(kept), layouts, codec)
+    return {name: buffer.to_bytes() for name, buffer in kept.items()}
+
+
+def _lay_out(place: Path | zarr.storage.MemoryStore, layouts: Iterable[ArrayLayout], codec: Codec) -> None:
+    """A zarr group and its empty arrays."""
+    group = zarr.open_group(place, mode="w-", zarr_format=3)
     for layout in layouts:
         dtype = np.dtype(layout.dtype)
         group.create_array(
@@ -171,11 +187,6 @@ def create_store(folder: Path, layouts: Iterable[ArrayLayout], codec: Codec) -> 
             config={"write_empty_chunks": True},
             attributes=_attributes(layout),
         )
-    files = sorted(folder.rglob(METADATA))
-    for file in files:
-        sync_file(file)
-    sync_folders([folder.parent, *(file.parent for file in files)])
-    return tuple(record_of_file(folder.parent, file) for file in files)
 
 
 def _fill_value(layout: ArrayLayout) -> float | int:
@@ -208,22 +219,19 @@ def record_of_file(root: Path, file: Path) -> FileRecord:
 
 def check_file(root: Path, expected: FileRecord, recorder: Callable[[Path, Path], FileRecord], rows: str = "") -> None:
     """`DamagedStore` that names the file (and its rows) unless it has the size and checksum that were recorded."""
-    file = root / expected.path
+    file, remedy = root / expected.path, f"infl-cache verify {root} --repair makes it again, --force starts over"
     if ".." in Path(expected.path).parts or Path(expected.path).is_absolute():
         raise DamagedStore(f"{root}: expected file names inside the folder, found {expected.path!r}")
     try:
         found = recorder(root, file)
     except FileNotFoundError:
-        raise DamagedStore(
-            f"{file}{rows}: expected {expected.size} bytes, found no file; --force starts over"
-        ) from None
+        raise DamagedStore(f"{file}{rows}: expected {expected.size} bytes, found no file; {remedy}") from None
     except OSError as error:  # a folder of that name, a medium that fails
         raise DamagedStore(
-            f"{file}{rows}: expected {expected.size} bytes, found what cannot be read ({error.strerror}); restore the"
-            " file, or --force starts the stage over"
+            f"{file}{rows}: expected {expected.size} bytes, found what cannot be read ({error.strerror}); {remedy}"
         ) from error
     if found != expected:
         raise DamagedStore(
             f"{file}{rows}: expected {expected.size} bytes with checksum {expected.crc:08x},"
-            f" found {found.size} with {found.crc:08x}; restore the file, or --force starts the stage over"
+            f" found {found.size} with {found.crc:08x}; {remedy}"
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -25,6 +25,7 @@ from infl_cache.disk.trial import allocated_bytes
 from infl_cache.maths.capture import Forms
 from infl_cache.maths.parts import Part, by_module
 from infl_cache.progress import progress
+from infl_cache.stages.again import chosen, claim_again
 from infl_cache.stages.contraction import Job, job_values, sums_of
 from infl_cache.stages.layers import (
     BY_LAYER,
@@ -33,6 +34,7 @@ from infl_cache.stages.layers import (
     SHARES_FILE,
     STAGE,
     checked_layers,
+    covered_tiles,
     shares_of,
 )
 from infl_cache.stages.opening import Opened, StageResult, summary
@@ -41,31 +43,47 @@ from infl_cache.stages.tally import column_mask, commit_rows
 from infl_cache.stages.tiles import in_layer, matrix_tests, planned_tiles, tested
 
 
-def by_layer(run: Opened) -> StageResult:
+def by_layer(run: Opened, only: Collection[int] | None = None) -> StageResult:
     """Compute what is missing of `influence_by_layer.npy`, then `by_layer.npz`; the matrix is finished.
 
+    The damaged blocks `only` are forgotten and made again, and the second file if it is damaged; nothing else is done.
     Raises `DamagedStore` if a tile is not what was committed. A file that was removed is made anew.
     """
     started, folder = time.perf_counter(), run.folder
     parts = by_module(Forms.from_json(folder.plan("grads")["forms"]))
     tiles, names = planned_tiles(folder), list(parts)
-    _begin_or_extend(run, names, len(tiles) * len(parts))
+    if only is None:
+        _begin_or_extend(run, names, len(tiles) * len(parts))
+    else:
+        only, tiles = _claim_again(run, only), covered_tiles(folder)
     done = checked_layers(folder)
     every = [Job(tile, part, layer) for tile in tiles for layer, part in enumerate(parts.values())]
     if run.options.grads.cache:
         every.sort(key=lambda job: (job.tile.test.index, job.layer, job.tile.index))
-    todo = [job for job in every if in_layer(job.tile, job.layer or 0, len(parts)) not in done]
+    blocks = [in_layer(job.tile, job.layer or 0, len(parts)) for job in every]
+    todo = [job for job, block in zip(every, blocks, strict=True) if block not in done and chosen(block, only)]
     if todo:
         _require_room(run, len(names))
-        _compute(run, names, every, todo)
-    _finish(folder)
-    _write_shares(run, parts, bool(todo))
+        _compute(run, names, every, todo, not done)
+    if only is None or len(folder.records(STAGE)) == len(every):
+        _finish(folder)
+    if only is None or len(folder.records(STAGE)) == len(planned_tiles(folder)) * len(parts):
+        _write_shares(run, parts, bool(todo) and only is None)
     samples = folder.samples("stest")
     rows = [
         sum(len(tested(samples, test)) for _, test in {(job.layer, job.tile.test) for job in jobs})
         for jobs in (every, todo)
     ]
     return summary(run, STAGE, rows[0], rows[1], started)
+
+
+def _claim_again(run: Opened, damaged: Collection[int]) -> set[int]:
+    """`claim_again`; a file of which nothing is left goes."""
+    folder = run.folder
+    only = claim_again(run, STAGE, {"influence": folder.fingerprint("influence")}, damaged)
+    if not folder.records(STAGE):
+        remove(folder.path / name for name in (BY_LAYER, BY_LAYER_PARTIAL))
+    return only
 
 
 def _begin_or_extend(run: Opened, names: Sequence[str], n_blocks: int) -> None:
@@ -112,13 +130,13 @@ def _open_matrices(run: Opened, n_layers: int, anew: bool) -> MatrixFile:
     return MatrixFile(partial, writable=True, leading=(n_layers,))
 
 
-def _compute(run: Opened, names: Sequence[str], every: Sequence[Job], todo: Sequence[Job]) -> None:
+def _compute(run: Opened, names: Sequence[str], every: Sequence[Job], todo: Sequence[Job], anew: bool) -> None:
     """Compute the jobs `todo` into the file, each a fact as soon as it is synced and in the ledger."""
     folder, samples, n_test = run.folder, run.folder.samples("stest"), len(run.task.test)
     forms = Forms.from_json(folder.plan("grads")["forms"])
     skipped = [row for record in folder.records("grads").values() for row in record.bad_rows]
     total, left = (sum(len(tested(samples, job.tile.test)) * job.tile.width for job in jobs) for jobs in (every, todo))
-    matrices = _open_matrices(run, len(names), anew=len(todo) == len(every))
+    matrices = _open_matrices(run, len(names), anew)
     show = run.options.resources.progress
     with closing(matrices), progress("by layer", total, total - left, "pair", show) as bar:
         for job, values, seconds in job_values(run, forms, STAGE, todo, bar.advance):
@@ -140,7 +158,7 @@ def _finish(folder: RunFolder) -> None:
 def _write_shares(run: Opened, parts: Mapping[str, Part], anew: bool) -> None:
     """`by_layer.npz`: `names`, `parameters`, `share` and `share_of_all`, as in `LayerShares`."""
     folder, records = run.folder, run.folder.records(SHARES)
-    there = 0 in records and (folder.path / SHARES_FILE).exists()
+    there = 0 in records and (folder.path / SHARES_FILE).is_file()
     if not anew and there and folder.record_file(SHARES_FILE) in records[0].files:
         return
     identity = {STAGE: folder.fingerprint(STAGE)}

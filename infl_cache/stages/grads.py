@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from infl_cache.disk.trial import free_bytes, try_store
 from infl_cache.maths.capture import Forms, capture, check_forms, decide_forms
 from infl_cache.maths.probe import activation_bytes, check_gradients_arrive, check_independence, probe_batch
 from infl_cache.maths.samples import Batch, spread
+from infl_cache.stages.again import chosen, claim_again
 from infl_cache.stages.blocks import compute_blocks
 from infl_cache.stages.buffers import BlockBuffer
 from infl_cache.stages.opening import (
@@ -42,21 +44,28 @@ MAX_VMAP_BATCH = 32
 ROW_COPIES = 4
 
 
-def grads(run: Opened, force: Force = False) -> StageResult:
-    """Compute what is missing of `grad_z.zarr`; a finished store is left as it is."""
+def grads(run: Opened, force: Force = False, only: Collection[int] | None = None) -> StageResult:
+    """Compute what is missing of `grad_z.zarr`; a finished store is left as it is.
+
+    The damaged blocks `only` are forgotten and made again, and nothing else is done.
+    """
     started = time.perf_counter()
     asked = stored_dtype(run.parameters, run.task, run.options.grads.dtype)
     identity = options_identity(run.options.grads, dtype=asked)
-    plan = run.folder.claim("grads", run.task_identity, identity, force)
+    if only is None:
+        plan = run.folder.claim("grads", run.task_identity, identity, force)
+    else:
+        only, plan = claim_again(run, "grads", identity, only), run.folder.plan("grads")
     notes: list[str] = []
     if plan is None:
         plan, notes = _begin(run, identity)
     else:
         check_against_store(run, "grads")
-        run.folder.go_on()
+        if only is None:
+            run.folder.write_configuration()
     forms = Forms.from_json(plan["forms"])
     done = run.folder.done("grads")
-    todo = [block for block in run.folder.stage_blocks("grads") if block.index not in done]
+    todo = [each for each in run.folder.stage_blocks("grads") if each.index not in done and chosen(each.index, only)]
     timings = Timings()
     if todo:
         if done and identity["cache"]:

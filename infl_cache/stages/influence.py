@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -23,6 +23,7 @@ from infl_cache.errors import IncompleteStore
 from infl_cache.maths.capture import Forms
 from infl_cache.maths.parts import units
 from infl_cache.progress import progress
+from infl_cache.stages.again import chosen, claim_again
 from infl_cache.stages.blocks import some
 from infl_cache.stages.contraction import product_dtype, sums_of, tile_values
 from infl_cache.stages.grads import grads
@@ -52,27 +53,34 @@ from infl_cache.stages.tiles import (
 TILE_COLUMNS = 4096
 
 
-def influence(run: Opened, force: Force = False) -> StageResult:
-    """Compute what is missing of `influence.npy`, then the rankings."""
+def influence(run: Opened, force: Force = False, only: Collection[int] | None = None) -> StageResult:
+    """Compute what is missing of `influence.npy`, then the rankings.
+
+    The damaged tiles `only` are forgotten and made again, and the rankings if they are damaged; nothing else is done.
+    """
     started = time.perf_counter()
     folder = run.folder
-    if not run.options.grads.cache:
+    if not run.options.grads.cache and only is None:
         grads(run)  # losses and digests only
     skipped_train, skipped_test = _require_parents(run)
     _require_asked(run)
     identity = {"grads": folder.fingerprint("grads"), "stest": folder.fingerprint("stest")}
     if run.options.influence.product_dtype != "float32":
         identity["product_dtype"] = run.options.influence.product_dtype
-    plan = folder.claim("influence", run.task_identity, identity, force)
-    if plan is not None and _must_begin_anew(run, plan):
-        plan = folder.claim("influence", run.task_identity, identity, True)
+    plan: dict[str, Any] | None
+    if only is not None:
+        only, plan = _claim_tiles_again(run, identity, only), folder.plan("influence")
+    else:
+        plan = folder.claim("influence", run.task_identity, identity, force)
+        if plan is not None and _must_begin_anew(run, plan):
+            plan = folder.claim("influence", run.task_identity, identity, True)
     check_against_store(run, "grads")
     check_against_store(run, "stest")
     require_room_for_influence(run, plan)
     if plan is None:
         folder.begin("influence", run.task_identity, identity, _plan(run))
-    else:
-        folder.go_on()
+    elif only is None:
+        folder.write_configuration()
         _extend(folder)
     tiles = planned_tiles(folder)
     standings: Standings | None = None
@@ -81,11 +89,12 @@ def influence(run: Opened, force: Force = False) -> StageResult:
         standings = None if done else new_standings(run)  # else made from the matrix: some tiles passed earlier
     else:
         standings, done = resumed(run)
-    todo = [tile for tile in tiles if tile.index not in done]
+    todo = [tile for tile in tiles if tile.index not in done and chosen(tile.index, only)]
     if todo:
-        _compute(run, tiles, todo, skipped_train, standings)
-    _finish(folder)
-    write_rankings(run, bool(force) or bool(todo), standings)
+        _compute(run, tiles, todo, done, skipped_train, standings)
+    if only is None or len(folder.records("influence")) == len(tiles):
+        _finish(folder)
+        write_rankings(run, bool(force) or (bool(todo) and only is None), standings)
     notes = [f"test samples {some(skipped_test)} have no s_test; their rows are NaN"] if skipped_test else []
     if skipped_train:
         notes.append(f"train samples {some(skipped_train)} have no finite gradient; their columns are NaN")
@@ -95,6 +104,17 @@ def influence(run: Opened, force: Force = False) -> StageResult:
     samples = folder.samples("stest")
     rows = [sum(len(tested(samples, test)) for test in {tile.test for tile in chosen}) for chosen in (tiles, todo)]
     return summary(run, "influence", rows[0], rows[1], started, notes)
+
+
+def _claim_tiles_again(run: Opened, identity: dict[str, Any], damaged: Collection[int]) -> set[int]:
+    """`claim_again`; a matrix without tiles goes, and where rankings have lost what they are made of, all tiles."""
+    folder = run.folder
+    if not has_matrix(folder) and state_of(run) is None:
+        damaged = folder.records("influence")
+    only = claim_again(run, "influence", identity, damaged)
+    if not folder.records("influence"):
+        remove(folder.path / name for name in (FINAL, PARTIAL))
+    return only
 
 
 def _require_parents(run: Opened) -> tuple[list[int], list[int]]:
@@ -240,8 +260,9 @@ def _open_matrix(run: Opened, anew: bool) -> MatrixFile:
 
 
 def _compute(
-    run: Opened, tiles: Sequence[Tile], todo: Sequence[Tile], skipped: Sequence[int], standings: Standings | None
-) -> None:
+    run: Opened, tiles: Sequence[Tile], todo: Sequence[Tile], done: set[int], skipped: Sequence[int],
+    standings: Standings | None,
+) -> None:  # fmt: skip
     """Compute the tiles `todo` into the matrix and the standings, or the standings alone."""
     folder = run.folder
     forms = Forms.from_json(folder.plan("grads")["forms"])
@@ -249,10 +270,10 @@ def _compute(
     total, left = (sum(len(tested(samples, tile.test)) * tile.width for tile in chosen) for chosen in (tiles, todo))
     tally: Tally
     if has_matrix(folder):
-        tally = IntoMatrix(folder, _open_matrix(run, anew=len(todo) == len(tiles)), standings)
+        tally = IntoMatrix(folder, _open_matrix(run, anew=not done), standings)
     else:
         assert standings is not None
-        tally = IntoRankings(run, standings, {tile.index for tile in tiles} - {tile.index for tile in todo})
+        tally = IntoRankings(run, standings, done)
     with closing(tally), progress("influence", total, total - left, "pair", run.options.resources.progress) as bar:
         for tile, values, seconds in tile_values(run, forms, todo, bar.advance):
             values[:, column_mask(tile.columns, skipped)] = np.nan

@@ -22,7 +22,7 @@ from infl_cache.disk.matrix import MatrixFile
 from infl_cache.disk.run import RunFolder
 from infl_cache.disk.store import check_file, record_of_file
 from infl_cache.disk.sweep import OUTPUTS
-from infl_cache.errors import DamagedStore, IncompleteStore
+from infl_cache.errors import IncompleteStore
 from infl_cache.stages.selection import count_of_tests
 from infl_cache.stages.tiles import FINAL, Tile, check_tiles, matrix_tests, planned_tiles
 
@@ -87,8 +87,6 @@ def checked_layers(folder: RunFolder) -> dict[int, BlockRecord]:
     """The committed blocks, each compared with its checksum; `DamagedStore` names layer, rows and columns."""
     if STAGE not in folder.manifest.stages:
         return {}
-    if folder.records(STAGE) and not any((folder.path / name).exists() for name in (BY_LAYER, BY_LAYER_PARTIAL)):
-        raise DamagedStore(f"{folder.path / BY_LAYER}: expected influences by layer, found no file; {REMEDY}")
     remedy = f"remove that file and {REMEDY}"
     called = [name or MODEL for name in layer_names(folder)]
     return check_tiles(folder, STAGE, covered_tiles(folder), remedy, called)

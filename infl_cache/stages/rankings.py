@@ -80,7 +80,7 @@ def write_rankings(run: Opened, anew: bool, standings: Standings | None = None) 
 def _rankings_intact(folder: RunFolder) -> bool:
     records = folder.records("rankings")
     file = folder.path / RANKINGS
-    return 0 in records and file.exists() and folder.record_file(RANKINGS) in records[0].files
+    return 0 in records and file.is_file() and folder.record_file(RANKINGS) in records[0].files
 
 
 def _standings_of_matrix(run: Opened) -> Standings:

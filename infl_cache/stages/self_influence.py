@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from infl_cache.maths.solvers import ByEKFAC, Fisher, make_solver
 from infl_cache.maths.solvers.ekfac import approximate_inverse
 from infl_cache.maths.solvers.exact import COLUMNS
 from infl_cache.progress import progress
+from infl_cache.stages.again import chosen, claim_again
 from infl_cache.stages.blocks import some
 from infl_cache.stages.fisher import check_damping
 from infl_cache.stages.grads import first_samples, rows_at_once
@@ -46,9 +47,10 @@ COPIES = 3
 Compute = Callable[[Block, Rows], SelfInfluence]
 
 
-def self_influence(run: Opened, force: Force = False) -> StageResult:
+def self_influence(run: Opened, force: Force = False, only: Collection[int] | None = None) -> StageResult:
     """Compute what is missing of `self_influence.zarr`, then `self_influence.npz`.
 
+    The damaged blocks `only` are forgotten and made again, and the second file if it is damaged; nothing else is done.
     Raises `IncompleteStore` unless stage 1 is finished, and at the end if some values are not finite; the others are
     done by then.
     """
@@ -56,16 +58,23 @@ def self_influence(run: Opened, force: Force = False) -> StageResult:
     skipped = _require_gradients(run)
     _keep_options_of_stage_2(folder)
     identity = _identity(run)
-    plan = folder.claim(STAGE, run.task_identity, identity, force)
+    plan: dict[str, Any] | None
+    if only is not None:
+        only, plan = claim_again(run, STAGE, identity, only), folder.plan(STAGE)
+    else:
+        plan = folder.claim(STAGE, run.task_identity, identity, force)
     check_against_store(run, "grads")
     if plan is None:
         _begin(run, identity)
-    else:
-        folder.go_on()
+    elif only is None:
+        folder.write_configuration()
     done = folder.done(STAGE)
-    todo = [block for block in folder.stage_blocks(STAGE) if block.index not in done]
+    every = folder.stage_blocks(STAGE)
+    todo = [block for block in every if block.index not in done and chosen(block.index, only)]
     if todo:
         _compute(run, todo)
+    if only is not None and len(folder.records(STAGE)) < len(every):
+        return summary(run, STAGE, len(run.task.train), sum(block.rows for block in todo), started)
     bad = sorted({row for record in folder.records(STAGE).values() for row in record.bad_rows} - set(skipped))
     count = len(run.task.train)
     if bad and (run.options.influence.nonfinite == "stop" or len(bad) + len(skipped) == count):
@@ -74,7 +83,7 @@ def self_influence(run: Opened, force: Force = False) -> StageResult:
             f" {count - len(bad)} are done. More damping or --curvature ggn may help, or go on without them by"
             " --nonfinite skip"
         )
-    write_ranking(run, bool(force) or bool(todo))
+    write_ranking(run, bool(force) or (bool(todo) and only is None))
     notes = [f"train samples {some(skipped)} have no finite gradient; they are NaN"] if skipped else []
     for note in (uncertain := _uncertain(run)):
         log.warning(note)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from infl_cache.maths.solvers import Solution, make_solver
 from infl_cache.maths.solvers.exact import COLUMNS
 from infl_cache.maths.task import losses_of, out_of_memory
 from infl_cache.progress import Bar, progress
+from infl_cache.stages.again import chosen, claim_again
 from infl_cache.stages.blocks import some
 from infl_cache.stages.fisher import check_damping
 from infl_cache.stages.grads import CHECKED_SAMPLES, rows_at_once
@@ -45,15 +46,19 @@ from infl_cache.stages.solving import Products, prepared, sides_at_once
 from infl_cache.stages.system import curvature_kind, left_out, solve_dtype, with_half_the_samples
 
 
-def stest(run: Opened, force: Force = False) -> StageResult:
+def stest(run: Opened, force: Force = False, only: Collection[int] | None = None) -> StageResult:
     """Compute what is missing of `s_test.zarr`; a finished store is left as it is.
 
+    The damaged blocks `only` are forgotten and made again, and nothing else is done.
     Raises `IncompleteStore` at the end if some rows are not finite; the others are done by then.
     """
     started = time.perf_counter()
     identity = _identity(run)
-    asked = asked_tests(run.options.selection, run.task, run.options.resources.progress)
-    anew = run.folder.claim("stest", run.task_identity, identity, force) is None
+    asked = asked_tests(run.options.selection, run.task, run.options.resources.progress) if only is None else None
+    if only is None:
+        anew = run.folder.claim("stest", run.task_identity, identity, force) is None
+    else:
+        only, anew = claim_again(run, "stest", identity, only), False
     if not anew:
         check_against_store(run, "stest")
     if "grads" in run.folder.manifest.stages:
@@ -61,12 +66,12 @@ def stest(run: Opened, force: Force = False) -> StageResult:
     require_room_for_s_test(run, _rows_left(run, asked, anew), anew)
     if anew:
         _begin(run, identity, asked or list(range(len(run.task.test))))
-    else:
-        run.folder.go_on()
+    elif only is None:
+        run.folder.write_configuration()
         if asked is not None:
             _go_on_with(run, asked)
     done = run.folder.done("stest")
-    todo = [block for block in run.folder.stage_blocks("stest") if block.index not in done]
+    todo = [each for each in run.folder.stage_blocks("stest") if each.index not in done and chosen(each.index, only)]
     samples = run.folder.samples("stest")
     count = int((samples >= 0).sum())
     notes = _compute(run, todo, count - sum(b.rows for b in todo)) if todo else []

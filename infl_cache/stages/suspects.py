@@ -50,7 +50,7 @@ def write_ranking(run: Opened, anew: bool) -> None:
     folder, stage = run.folder, "self_ranking"
     identity = {"self_influence": folder.fingerprint("self_influence")}
     entry, records = folder.manifest.stages.get(stage), folder.records(stage)
-    there = 0 in records and (folder.path / FILE).exists() and folder.record_file(FILE) in records[0].files
+    there = 0 in records and (folder.path / FILE).is_file() and folder.record_file(FILE) in records[0].files
     if not anew and there and entry is not None and entry["identity"] == identity:
         return
     folder.begin(stage, run.task_identity, identity, {"n_rows": 1, "block_rows": 1})

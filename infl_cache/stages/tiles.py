@@ -6,7 +6,7 @@ The unit of work and of commit is a tile: some rows of the s_test store by a run
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -117,29 +117,65 @@ def check_tiles(
     With `layers` it has a matrix for each of them, one after the other, and a block for each tile of each: `in_layer`.
     Raises `DamagedStore` that names file, rows and columns, with the remedy.
     """
-    records = folder.records(stage)
+    records, remedy = folder.records(stage), f"infl-cache verify {folder.path} --repair makes them again, or {remedy}"
     if not records:
         return {}
-    final, partial = OUTPUTS[stage][:2]
-    name = final if (folder.path / final).exists() else partial
-    if not (folder.path / name).exists():
-        raise DamagedStore(f"{folder.path / final}: expected a matrix, found no file; {remedy}")
-    samples, n_test = folder.samples("stest"), count_of_tests(folder)
-    with closing(MatrixFile(folder.path / name, leading=(len(layers),) if layers else ())) as matrix:
-        for tile in tiles:
-            rows = tested(samples, tile.test)
-            for layer in range(max(1, len(layers))):
-                record = records.get(in_layer(tile, layer, len(layers)) if layers else tile.index)
-                if record is None:
-                    continue
-                values = matrix.read_rows(layer * n_test + rows, tile.columns.start, tile.width)
-                if checksum(values) != record.files[0].crc:
-                    whose = f"layer {layers[layer]!r}, " if layers else ""
-                    raise DamagedStore(
-                        f"{folder.path / name}: {whose}test rows {_words(rows)}, train columns {tile.columns.start} to"
-                        f" {tile.columns.stop - 1} are not what was committed; {remedy}"
-                    )
+    try:
+        opened = open_matrix(folder, stage, len(layers))
+    except DamagedStore as error:
+        raise DamagedStore(f"{error}; {remedy}") from error
+    with closing(opened) as matrix:
+        for each in committed_tiles(folder, stage, tiles, layers):
+            values = matrix.read_rows(each.rows, each.columns.start, each.columns.stop - each.columns.start)
+            if checksum(values) != each.crc:
+                raise DamagedStore(f"{matrix.path}: {each.words} are not what was committed; {remedy}")
     return records
+
+
+def open_matrix(folder: RunFolder, stage: str, n_layers: int) -> MatrixFile:
+    """The matrix of a stage, finished or not; `DamagedStore` if there is none of its shape."""
+    final, partial = (folder.path / name for name in OUTPUTS[stage][:2])
+    path = final if final.exists() else partial
+    if not path.exists():
+        raise DamagedStore(f"{final}: expected a matrix, found no file")
+    matrix = MatrixFile(path, leading=(n_layers,) if n_layers else ())
+    expected = (max(1, n_layers) * count_of_tests(folder), int(folder.plan("grads")["n_rows"]))
+    if matrix.shape != expected:
+        matrix.close()
+        raise DamagedStore(f"{path}: expected {expected} numbers, found {matrix.shape}")
+    return matrix
+
+
+@dataclass(frozen=True)
+class CommittedTile:
+    """Where in the matrix block `block` of its stage lies, its checksum, and how to speak of it."""
+
+    block: int
+    rows: NDArray[np.int64]
+    columns: slice
+    crc: int
+    words: str
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of its numbers."""
+        return 4 * len(self.rows) * int(self.columns.stop - self.columns.start)
+
+
+def committed_tiles(
+    folder: RunFolder, stage: str, tiles: Sequence[Tile], layers: Sequence[str] = ()
+) -> Iterator[CommittedTile]:
+    """What the ledger calls done of a stage's matrix, or of its matrices one after the other."""
+    records, samples, n_test = folder.records(stage), folder.samples("stest"), count_of_tests(folder)
+    for tile in tiles:
+        rows = tested(samples, tile.test)
+        at = f"test rows {_words(rows)}, train columns {tile.columns.start} to {tile.columns.stop - 1}"
+        for layer in range(max(1, len(layers))):
+            index = in_layer(tile, layer, len(layers)) if layers else tile.index
+            if index in records:
+                whose = f"layer {layers[layer]!r}, " if layers else ""
+                crc = records[index].files[0].crc if records[index].files else -1
+                yield CommittedTile(index, layer * n_test + rows, tile.columns, crc, whose + at)
 
 
 def in_layer(tile: Tile, layer: int, n_layers: int) -> int:

@@ -298,7 +298,7 @@ def test_test_samples_that_come_later_are_added(monkeypatch, tmp_path):
             read()
     assert "test samples that were asked about since" in str(without.status())
     assert "Which layers" not in report(RunFolder(path))
-    assert verify(RunFolder(path), show=False) == []
+    assert verify(RunFolder(path), show=False).faults == ()
     full = made(path, task)
     check(full)
     assert np.isfinite(np.load(path / "influence_by_layer.npy")).all()
@@ -333,12 +333,12 @@ def test_a_damaged_file_is_noticed_named_and_made_anew_when_it_is_removed(place,
     for read in (run.by_layer, Run(run.path).by_layer, Run(run.path, wide(), **QUIET).influence):
         with pytest.raises(DamagedStore, match=words):
             read()
-    (fault,) = verify(RunFolder(run.path), show=False)
-    assert f"layer '{layer}'" in fault
+    (fault,) = verify(RunFolder(run.path), show=False).faults
+    assert f"layer '{layer}'" in str(fault)
     assert run.scores().shape == (7, 30), "the matrix is sound"
     file.unlink()
-    (fault,) = verify(RunFolder(run.path), show=False)
-    assert "found no file; run infl-cache influence --by-layer" in fault
+    (fault,) = verify(RunFolder(run.path), show=False).faults
+    assert "found no file" in str(fault)
     assert Run(run.path, wide(), **QUIET).influence().beside[0].computed == 14
     same_files(run, calm)
 
@@ -349,7 +349,7 @@ def test_damaged_shares_are_noticed_and_made_anew(calm, tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(DamagedStore, match=r"by_layer\.npz"):
         run.layer_shares()
-    assert "by_layer.npz" in verify(RunFolder(run.path), show=False)[0]
+    assert "by_layer.npz" in str(verify(RunFolder(run.path), show=False))
     Run(run.path, wide(), **QUIET).influence()
     same_files(run, calm)
 

@@ -15,7 +15,7 @@ from infl_cache.maths import tiled
 from infl_cache.maths.solvers.fisher import Fisher
 from infl_cache.stages import fisher as stage
 from tests import tasks
-from tests.killing import killed, note, started, wait_for_lines
+from tests.faults.killing import killed, note, started, wait_for_lines
 from tests.tasks import TASKS
 from tests.twins import gradient_rows
 

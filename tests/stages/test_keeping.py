@@ -16,7 +16,7 @@ from infl_cache.maths.solvers.base import FORGETFUL, relative_residual
 from infl_cache.stages import keeping, kept, solving
 from infl_cache.stages import stest as stage
 from tests import tasks
-from tests.killing import started
+from tests.faults.killing import started
 
 STEPS, BLOCKS = 6, 2
 OPTIONS = {"damping": 0.5, "test_block_rows": 2, "progress": False}

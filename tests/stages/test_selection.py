@@ -235,7 +235,7 @@ def test_others_later_compute_nothing_again_and_equal_a_calm_run(tmp_path, full,
         name: column(full, name) for name in ("target", "digest", "index")
     }
     assert column(run, "index") == {test: test for test in range(N_TEST)}
-    assert verify(after, show=False) == []
+    assert verify(after, show=False).faults == ()
     assert np.allclose(np.load(path / "rankings.npz")["mean"], np.load(full.path / "rankings.npz")["mean"], rtol=1e-3)
 
 
@@ -261,7 +261,7 @@ def test_samples_that_came_one_by_one_share_a_pass_over_the_gradients(tmp_path, 
         run_of(tmp_path / "r", test=test).stest()
     assert run_of(tmp_path / "r", tile_rows=1).influence().computed == 4
     assert np.allclose(run.scores()[:10], full.scores()[:10], rtol=1e-3, atol=1e-7)
-    assert verify(RunFolder(tmp_path / "r"), show=False) == []
+    assert verify(RunFolder(tmp_path / "r"), show=False).faults == ()
 
 
 def test_without_a_word_it_is_what_the_run_was_asked_for(tmp_path):
@@ -434,7 +434,7 @@ def test_a_kill_at_any_moment_of_an_extension_loses_and_repeats_nothing(tmp_path
         else:
             assert np.array_equal(scores[:3], before[:3])
             assert np.isnan(scores[[3, 9]]).all()
-        assert verify(RunFolder(path), show=False) == []
+        assert verify(RunFolder(path), show=False).faults == ()
         assert np.array_equal(reader.s_test([0, 1, 2]), run.s_test([0, 1, 2]))
         done = {stage: RunFolder(path).records(stage) for stage in ("stest", "influence")}
         extend(path)

@@ -214,12 +214,12 @@ def test_values_that_did_not_converge_are_named(tmp_path):
 
 def test_verify_finds_damage(tmp_path):
     run = made(tmp_path / "r", tasks.mlp(), solver="identity")
-    assert verify(run.folder, show=False) == []
+    assert verify(run.folder, show=False).faults == ()
     for name in ("self_influence.zarr/residual/c.0", "self_influence.npz"):
         content = bytearray((tmp_path / "r" / name).read_bytes())
         content[-9] ^= 1
         (tmp_path / "r" / name).write_bytes(content)
-        assert any(name in fault for fault in verify(run.folder, show=False))
+        assert any(name in str(fault) for fault in verify(run.folder, show=False).faults)
 
 
 def test_the_table_and_the_picture(tmp_path, monkeypatch, caplog):
