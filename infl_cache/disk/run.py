@@ -101,7 +101,7 @@ class RunFolder:
 
         With `force` the stage and its children will be removed by `begin`, once the new ones have been tried;
         with `force="all"`, or in stage 1 for another task, everything will. The other stages refuse another task.
-        Nothing is written: a stage that goes on calls `write_configuration` when it has seen that the samples are the stored ones.
+        Nothing is written: a stage that goes on does that once it has seen that its samples are the stored ones.
         """
         self._anew = (stage, *CHILDREN[stage]) if force else (stage,)
         if force == "all" or (force and stage == "grads" and differences(self.manifest.task or task, task)):
