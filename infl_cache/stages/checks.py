@@ -25,6 +25,15 @@ class Fault:
         return f"{self.file}{f' ({self.rows})' if self.rows else ''}: expected {self.expected}, found {self.found}"
 
 
+def outside(name: str) -> bool:
+    """Whether a name that was read from the disk leads out of the run folder.
+
+    >>> outside("../x"), outside("/x"), outside("grad_z.zarr/dense/c.0.0")
+    (True, True, False)
+    """
+    return ".." in Path(name).parts or Path(name).is_absolute()
+
+
 @dataclass(frozen=True)
 class FileCheck:
     """A file of the folder and what it was; without a checksum (`tail` alone) it ends with that of the rest."""
@@ -47,6 +56,8 @@ class FileCheck:
     def fault(self, read: bool, memory: Bytes) -> Fault | None:
         """What is wrong with it, if anything; a size that is right is all there is to say unless it is `read`."""
         crc = self.crc
+        if outside(self.file):
+            return Fault(self.stage, self.block, self.file[:200], self.rows, "a name inside the folder", "this one")
         try:
             size = size_of_file(self.root / self.file)
             if size != self.size:

@@ -17,14 +17,14 @@ from infl_cache.errors import BadInput, DamagedStore, ForeignRun, IncompleteStor
 from infl_cache.maths.task import Task
 from infl_cache.stages.again import settle
 from infl_cache.stages.by_layer import by_layer
-from infl_cache.stages.checks import Fault
+from infl_cache.stages.checks import Fault, outside
 from infl_cache.stages.grads import grads
 from infl_cache.stages.influence import influence
 from infl_cache.stages.opening import Opened, StageResult, log, opened
 from infl_cache.stages.rankings import has_matrix
 from infl_cache.stages.self_influence import begun_with, self_influence
 from infl_cache.stages.stest import stest
-from infl_cache.stages.verify import LEDGER, MATRICES, STORES, Verdict, verify
+from infl_cache.stages.verify import LEDGER, MANIFEST, MATRICES, STORES, Verdict, verify
 
 # By whom each stage's blocks are made, parents first, and which stage makes the single files.
 ORDER = ("grads", "stest", "influence", "by_layer", "self_influence")
@@ -69,7 +69,9 @@ def _as_begun(folder: RunFolder, options: Options) -> Options:
 def _restore_metadata(folder: RunFolder, faults: tuple[Fault, ...]) -> None:
     """Write damaged `zarr.json` files once more, from the layout in the manifest."""
     for stage in STORES:
-        if not any(fault.stage == stage and fault.block is None and fault.file != LEDGER for fault in faults):
+        if not any(
+            fault.stage == stage and fault.block is None and fault.file not in (LEDGER, MANIFEST) for fault in faults
+        ):
             continue
         plan = folder.plan(stage)
         codec = planned_codec(plan, False, folder.path, stage)
@@ -88,7 +90,7 @@ def _to_make(folder: RunFolder, faults: tuple[Fault, ...]) -> dict[str, set[int]
             found.setdefault(MAKERS[fault.stage], set())
         elif fault.block is not None:
             found.setdefault(fault.stage, set()).add(fault.block)
-        elif fault.stage in MATRICES and fault.file != LEDGER:  # the whole file
+        elif fault.stage in MATRICES and fault.file not in (LEDGER, MANIFEST):  # the whole file
             found.setdefault(fault.stage, set()).update(folder.records(fault.stage))
     for single, maker in MAKERS.items():  # a repair may have been stopped after the last block
         if _finished(folder, maker) and not _finished(folder, single):
@@ -102,13 +104,13 @@ def _finished(folder: RunFolder, stage: str) -> bool:
 
 def _clear_the_way(folder: RunFolder, stage: str, blocks: set[int]) -> None:
     """Remove folders that have the name of a chunk file of these blocks."""
-    paths = [
-        folder.path / OUTPUTS[stage][0] / layout.path / key
+    names = [
+        f"{OUTPUTS[stage][0]}/{layout.path}/{key}"
         for block in folder.stage_blocks(stage) if block.index in blocks
         for layout in folder.array_layouts(stage)
         for key in chunk_keys(layout, block)
     ]  # fmt: skip
-    remove(path for path in paths if path.is_dir())
+    remove(folder.path / name for name in names if not outside(name) and (folder.path / name).is_dir())
 
 
 def _make_again(run: Opened, stage: str, blocks: set[int]) -> None:

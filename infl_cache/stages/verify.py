@@ -33,7 +33,7 @@ from infl_cache.stages.tiles import committed_tiles, open_matrix, planned_tiles
 
 STORES = ("grads", "stest", "self_influence")
 MATRICES = ("influence", "by_layer")
-LEDGER, STATE = "ledger.sqlite", "influence.state"
+LEDGER, MANIFEST, STATE = "ledger.sqlite", "manifest.json", "influence.state"
 AT_ONCE = 4096
 
 
@@ -166,6 +166,8 @@ def _listed(folder: RunFolder, opened: ExitStack) -> Iterator[Check | Fault]:
                 yield from _whole_files(folder, stage, records)
         except (DamagedStore, IncompleteStore) as error:
             yield Fault(stage, None, LEDGER, None, f"what was done of {stage}", f"what cannot be used: {error}")
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            yield Fault(stage, None, MANIFEST, None, f"a plan of {stage}", f"what cannot be used: {error!r}")
 
 
 def _still_missing(folder: RunFolder, stage: str, records: dict[int, BlockRecord]) -> Iterator[Fault]:

@@ -2,11 +2,13 @@
 
 import shutil
 import sqlite3
+import time
 
 from infl_cache import Run
 from infl_cache.disk.ledger import Ledger
 from infl_cache.errors import DamagedStore, IncompleteStore
 from tests import tasks
+from tests.faults.killing import note
 
 QUIET = {"progress": False}
 OPTIONS = {"block_rows": 8, "test_block_rows": 3, "tile_rows": 3, "solver": "exact", "damping": 0.1, **QUIET}
@@ -70,6 +72,23 @@ class Commits:
             original(ledger, record)
 
         monkeypatch.setattr(Ledger, "commit", commit)
+
+
+def repair_slowly(path, log):
+    """In a child: repair a run, with a line in the log and some time to be killed at each commit and at each claim."""
+
+    def slowed(original, word):
+        def called(*arguments):
+            note(log, f"before {word}")
+            time.sleep(0.02)
+            original(*arguments)
+            note(log, f"after {word}")
+            time.sleep(0.02)
+
+        return called
+
+    Ledger.commit, Ledger.forget = slowed(Ledger.commit, "commit"), slowed(Ledger.forget, "forget")
+    assert Run(path, task(), by_layer=True, **OPTIONS).verify(repair=True).sound
 
 
 def read_everything(path):

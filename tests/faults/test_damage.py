@@ -16,8 +16,19 @@ from infl_cache.errors import BadInput, DamagedStore, ForeignRun, IncompleteStor
 from infl_cache.stages import repair as module
 from tests import tasks
 from tests.faults import times
-from tests.faults.damaging import OPTIONS, QUIET, Commits, contents, damaged, edited, made, task, try_damages
-from tests.faults.killing import started
+from tests.faults.damaging import (
+    OPTIONS,
+    QUIET,
+    Commits,
+    contents,
+    damaged,
+    edited,
+    made,
+    repair_slowly,
+    task,
+    try_damages,
+)
+from tests.faults.killing import killed, started, wait_for_lines
 
 CHUNK = "grad_z.zarr/0/input/c.1.0.0"
 OTHER = "s_test.zarr/s_test/c.1.0"
@@ -232,6 +243,23 @@ def test_a_repair_that_was_killed_is_carried_on(run, calm, monkeypatch):
             patched.setattr(module, "ORDER", (stage,))
             run.verify(repair=True)
     assert repaired_as_it_was(run, calm, Commits(monkeypatch)) == []
+
+
+def test_a_repair_that_is_killed_at_any_step_is_carried_on(calm, tmp_path):
+    """Of the two claims and four commits of this repair, before and after each."""
+    stopped = 0
+    for lines in range(1, 12, times(3, 1)):
+        run = Run(shutil.copytree(calm.path, tmp_path / str(lines)), task(), by_layer=True, **OPTIONS)
+        for name, how in ((CHUNK, "half"), ("grad_z.zarr/loss/c.0", "gone"), ("influence.npy", "flip 130"),
+                          ("influence.npy", "flip -4")):  # fmt: skip
+            damaged(run.path / name, how)
+        log = tmp_path / f"log{lines}"
+        child = started(repair_slowly, run.path, log)
+        wait_for_lines(child, log, lines)
+        stopped += killed(child)
+        assert run.verify(repair=True).faults == ()
+        assert contents(run.path) == contents(calm.path)
+    assert stopped > 1
 
 
 def power_cut(*arguments, **named):
