@@ -101,6 +101,7 @@ class RunFolder:
 
         With `force` the stage and its children will be removed by `begin`, once the new ones have been tried;
         with `force="all"`, or in stage 1 for another task, everything will. The other stages refuse another task.
+        Nothing is written: a stage that goes on does that once it has seen that its samples are the stored ones.
         """
         self._anew = (stage, *CHILDREN[stage]) if force else (stage,)
         if force == "all" or (force and stage == "grads" and differences(self.manifest.task or task, task)):
@@ -109,7 +110,6 @@ class RunFolder:
         entry = self.manifest.stages.get(stage)
         if force or entry is None or (not self.records(stage) and entry["identity"] != identity):
             return None
-        self._write_run_yaml()
         plan: dict[str, Any] = entry["plan"]
         return plan
 
@@ -167,7 +167,7 @@ class RunFolder:
         """Give the stage's store at least `n_rows` rows, and its plan the facts that speak of them."""
         self._finish_growth(stage)
         begin_growth(self.path, self.plan(stage), n_rows)
-        self._write_run_yaml()
+        self.write_configuration()
         self.remember(stage, n_rows=n_rows, **facts)
         self._finish_growth(stage)
 
@@ -283,13 +283,13 @@ class RunFolder:
             "options": {key: self.configuration[key] for key in chosen if key in self.configuration},
             "plan": plan,
         }
-        self._write_run_yaml()
+        self.write_configuration()
         self._write_manifest()
 
     def _write_manifest(self) -> None:
         self.manifest.write(self.path / "manifest.json")
 
-    def _write_run_yaml(self) -> None:
+    def write_configuration(self) -> None:
         """Keep the resolved configuration in a form that runs again as it is."""
         head = "# Written by infl_cache. Runs again as it is: infl-cache run --config run.yaml\n"
         text = head + yaml.safe_dump(dict(self.configuration), sort_keys=False)

@@ -59,10 +59,13 @@ def batches(
             # its own generator: the seeds of the workers are not to be drawn from the user's
             generator=torch.Generator(),
         )
-    for batch in loaded:
-        if isinstance(batch, BadInput):
-            raise batch
-        yield replace(batch, data=to_device(batch.data, device))
+    try:
+        for batch in loaded:
+            if isinstance(batch, BadInput):
+                raise batch
+            yield replace(batch, data=to_device(batch.data, device))
+    except (ConnectionError, EOFError) as error:  # it died while it handed over a batch
+        raise _missed(error) from error
 
 
 @contextmanager
@@ -73,10 +76,14 @@ def workers_are_missed() -> Iterator[None]:
     except RuntimeError as error:
         if not loader_died(error):
             raise
-        raise BadInput(
-            f"workers: a process that loads samples died ({str(error).split('.')[0]}); is there memory for so many?"
-            " With --workers 0 samples are loaded in this process; what was committed is kept"
-        ) from error
+        raise _missed(error) from error
+
+
+def _missed(error: Exception) -> BadInput:
+    return BadInput(
+        f"workers: a process that loads samples died ({str(error).split('.')[0]}); is there memory for so many?"
+        " With --workers 0 samples are loaded in this process; what was committed is kept"
+    )
 
 
 def loader_died(error: BaseException) -> bool:

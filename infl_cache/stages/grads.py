@@ -59,10 +59,13 @@ def grads(run: Opened, force: Force = False, only: Collection[int] | None = None
     notes: list[str] = []
     if plan is None:
         plan, notes = _begin(run, identity)
+    else:
+        check_against_store(run, "grads")
+        if only is None:
+            run.folder.write_configuration()
     forms = Forms.from_json(plan["forms"])
     done = run.folder.done("grads")
     todo = [each for each in run.folder.stage_blocks("grads") if each.index not in done and chosen(each.index, only)]
-    check_against_store(run, "grads")
     timings = Timings()
     if todo:
         if done and identity["cache"]:

@@ -80,6 +80,7 @@ def influence(run: Opened, force: Force = False, only: Collection[int] | None = 
     if plan is None:
         folder.begin("influence", run.task_identity, identity, _plan(run))
     elif only is None:
+        folder.write_configuration()
         _extend(folder)
     tiles = planned_tiles(folder)
     standings: Standings | None = None

@@ -40,7 +40,10 @@ DATA_PROBES = 32
 
 @dataclass(frozen=True)
 class Opened:
-    """A locked run folder and a task that is ready to be computed with; `check()` raises after a signal."""
+    """A locked run folder and a task that is ready to be computed with; `check()` raises after a signal.
+
+    `most_samples` bounds the batches of stage 2 once memory has run out.
+    """
 
     folder: RunFolder
     task: Task
@@ -50,6 +53,7 @@ class Opened:
     budget: int
     check: Callable[[], None]
     task_identity: Identity
+    most_samples: int | None = None
 
 
 @dataclass(frozen=True)

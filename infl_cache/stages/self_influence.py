@@ -58,12 +58,17 @@ def self_influence(run: Opened, force: Force = False, only: Collection[int] | No
     skipped = _require_gradients(run)
     _keep_options_of_stage_2(folder)
     identity = _identity(run)
+    plan: dict[str, Any] | None
     if only is not None:
-        only = claim_again(run, STAGE, identity, only)
-    elif folder.claim(STAGE, run.task_identity, identity, force) is None:
-        _begin(run, identity)
-    done = folder.done(STAGE)
+        only, plan = claim_again(run, STAGE, identity, only), folder.plan(STAGE)
+    else:
+        plan = folder.claim(STAGE, run.task_identity, identity, force)
     check_against_store(run, "grads")
+    if plan is None:
+        _begin(run, identity)
+    elif only is None:
+        folder.write_configuration()
+    done = folder.done(STAGE)
     every = folder.stage_blocks(STAGE)
     todo = [block for block in every if block.index not in done and chosen(block.index, only)]
     if todo:

@@ -22,8 +22,8 @@ from infl_cache.maths.probe import check_gradients_arrive, check_independence, p
 from infl_cache.maths.samples import batches, groups_among, spread
 from infl_cache.maths.solvers import Solution, make_solver
 from infl_cache.maths.solvers.exact import COLUMNS
-from infl_cache.maths.task import losses_of
-from infl_cache.progress import progress
+from infl_cache.maths.task import losses_of, out_of_memory
+from infl_cache.progress import Bar, progress
 from infl_cache.stages.again import chosen, claim_again
 from infl_cache.stages.blocks import some
 from infl_cache.stages.fisher import check_damping
@@ -43,7 +43,7 @@ from infl_cache.stages.room import require_room_for_s_test
 from infl_cache.stages.same import check_against_store
 from infl_cache.stages.selection import appended, asked_tests, say_tests
 from infl_cache.stages.solving import Products, prepared, sides_at_once
-from infl_cache.stages.system import curvature_kind, left_out, solve_dtype
+from infl_cache.stages.system import curvature_kind, left_out, solve_dtype, with_half_the_samples
 
 
 def stest(run: Opened, force: Force = False, only: Collection[int] | None = None) -> StageResult:
@@ -59,15 +59,18 @@ def stest(run: Opened, force: Force = False, only: Collection[int] | None = None
         anew = run.folder.claim("stest", run.task_identity, identity, force) is None
     else:
         only, anew = claim_again(run, "stest", identity, only), False
+    if not anew:
+        check_against_store(run, "stest")
+    if "grads" in run.folder.manifest.stages:
+        check_against_store(run, "grads")
     require_room_for_s_test(run, _rows_left(run, asked, anew), anew)
     if anew:
         _begin(run, identity, asked or list(range(len(run.task.test))))
-    elif asked is not None:
-        _go_on_with(run, asked)
+    elif only is None:
+        run.folder.write_configuration()
+        if asked is not None:
+            _go_on_with(run, asked)
     done = run.folder.done("stest")
-    check_against_store(run, "stest")
-    if "grads" in run.folder.manifest.stages:
-        check_against_store(run, "grads")
     todo = [each for each in run.folder.stage_blocks("stest") if each.index not in done and chosen(each.index, only)]
     samples = run.folder.samples("stest")
     count = int((samples >= 0).sum())
@@ -160,44 +163,64 @@ def columns_of(size: int, dtype: str) -> tuple[tuple[str, tuple[int, ...], str],
 
 def _compute(run: Opened, todo: Sequence[Block], finished: int) -> list[str]:
     """Solve, write, sync and commit the given blocks one after the other; notes on rows that did not converge."""
-    store = run.folder.store("stest", "r+")
     # What is differentiated here is the measure, of test samples: it is what the forms are proved on.
     explained = replace(run.task, train=run.task.test, loss=run.task.measure or run.task.loss, measure=None)
     first = probe_batch(explained, range(min(CHECKED_SAMPLES, len(run.task.test))), run.device)
     forms, notes = decide_forms(explained, run.parameters, first, "dense", rows_at_once(run))
     samples = run.folder.samples("stest")
     total = finished + sum(block.rows for block in todo)
+    failed, left = _NotConverged(samples), list(todo)
     with progress("stest", total, finished, show=run.options.resources.progress) as bar:
-        keeping = Keeping(run)
-        products = Products(keeping.tick, bar)
-        # The planned block, not the longest that is left: a resumed run does the same arithmetic as a calm one.
-        sides = COLUMNS if run.options.stest.solver == "exact" else run.folder.plan("stest")["block_rows"]
-        solver = prepared(run, forms, sides, products, "stest")
-        failed = _NotConverged(samples)
-        for block in todo:
-            started = time.perf_counter()
-            rhs, kept, digests = _right_hand_sides(run, forms, block)
-            rhs = rhs.to(solve_dtype(run))
-            solution = solver(rhs, keeping.begin(block, rhs))
-            data, bad = _stored(solution, kept, digests, block)
-            data["index"] = samples[block.start : block.stop]
-            nonfinite = int((~np.isfinite(data["s_test"])).sum())
-            files = store.write_block(block, data)
-            seconds = time.perf_counter() - started
-            run.folder.commit("stest", block, files, seconds, block_digest(digests), nonfinite, bad)
-            keeping.forget()
-            failed.add(solution, block, bad)
-            bar.advance(block.rows, sum(file.size for file in files), f"residual {float(solution.residual.max()):.1e}")
-            run.check()
+        while left:
+            smaller = None
+            try:
+                _solve(run, forms, left, failed, bar)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                smaller = with_half_the_samples(run) if out_of_memory(error) else None
+                if smaller is None:
+                    raise
+            # Only here, with the exception gone, is the memory that its frames held free again.
+            if smaller is not None:
+                run = smaller
+                log.warning(f"out of memory, going on with batches of at most {run.most_samples} samples")
+                if run.device.type == "cuda":
+                    torch.cuda.empty_cache()
     notes += failed.notes()
     for note in notes:
         log.warning(note)
     return notes
 
 
+def _solve(run: Opened, forms: Forms, left: list[Block], failed: _NotConverged, bar: Bar) -> None:
+    """Solve, write, sync and commit the first of the blocks `left`, and take it off, until there is none."""
+    store, samples = run.folder.store("stest", "r+"), run.folder.samples("stest")
+    keeping = Keeping(run)
+    products = Products(keeping.tick, bar)
+    # The planned block, not the longest that is left: a resumed run does the same arithmetic as a calm one.
+    sides = COLUMNS if run.options.stest.solver == "exact" else run.folder.plan("stest")["block_rows"]
+    solver = prepared(run, forms, sides, products, "stest")
+    while left:
+        block, started = left[0], time.perf_counter()
+        rhs, kept, digests = _right_hand_sides(run, forms, block)
+        rhs = rhs.to(solve_dtype(run))
+        solution = solver(rhs, keeping.begin(block, rhs))
+        data, bad = _stored(solution, kept, digests, block)
+        data["index"] = samples[block.start : block.stop]
+        nonfinite = int((~np.isfinite(data["s_test"])).sum())
+        files = store.write_block(block, data)
+        seconds = time.perf_counter() - started
+        run.folder.commit("stest", block, files, seconds, block_digest(digests), nonfinite, bad)
+        del left[0]
+        keeping.forget()
+        failed.add(solution, block, bad)
+        bar.advance(block.rows, sum(file.size for file in files), f"residual {float(solution.residual.max()):.1e}")
+        run.check()
+
+
 def _right_hand_sides(run: Opened, forms: Forms, block: Block) -> tuple[Tensor, dict[str, Tensor], Any]:
     """d measure / d theta of the block's test samples (K, P), what is kept of each of them, and their digests."""
     size = min(run.options.resources.batch_size or CHECKED_SAMPLES, rows_at_once(run))
+    size = min(size, run.most_samples or size)
     size = forms.at_once(size)
     rows, digests = [], []
     kept: dict[str, list[Tensor]] = {name: [] for name in ("loss", "measure", "target", "prediction")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -109,12 +110,13 @@ def _batches(
 
     A sample takes `copies` times its activations, and `row_bytes`.
     """
-    first = probe_batch(run.task, range(min(8, len(run.task.train))), run.device)
+    first = probe_batch(run.task, range(min(8, len(run.task.train), run.most_samples or 8)), run.device)
     kept = activation_bytes(run.task, run.parameters, first) * (2 if dtype == torch.float64 else 1)
     working_set = ROWS_WORKING_SET if row_bytes else HOST_WORKING_SET
     room = min(run.budget // 4, working_set) if run.device.type == "cpu" else run.budget // 4
     fitting = room // (kept * copies + row_bytes)
     size = min(most, run.options.resources.batch_size or max(SMALLEST_BATCH, min(MAX_BATCH, fitting)))
+    size = min(size, run.most_samples or size)
 
     def load() -> Iterable[Batch]:
         groups = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -124,11 +126,17 @@ def _batches(
     return size, load
 
 
+def with_half_the_samples(run: Opened) -> Opened | None:
+    """The run with batches of at most half as many samples in stage 2; None where they have a single one already."""
+    before = run.most_samples or min(run.options.resources.batch_size or MAX_BATCH, len(run.task.train))
+    return replace(run, most_samples=before // 2) if before > 1 else None
+
+
 def _output_rows(
     run: Opened, forms: Forms, sides: int, rows: Sequence[int], dtype: torch.dtype, note: Callable[[str], None]
 ) -> Rows | None:
     """Rows of the outputs' Jacobian, where that is the cheaper way to Gauss-Newton products."""
-    probe = probe_batch(run.task, rows[:4], run.device)
+    probe = probe_batch(run.task, rows[: min(4, run.most_samples or 4)], run.device)
     found = output_rows(run.task, forms, probe, dtype, note)
     if found is None:
         return None

@@ -246,6 +246,8 @@ def test_the_configuration_is_written_when_a_stage_begins_or_goes_on_and_runs_ag
     with folder.writing():
         if folder.claim("grads", sample.task, sample.identity, force=False) is None:
             sample.begin(folder)
+        else:
+            folder.write_configuration()
         read = read_config_file(folder.path / "run.yaml")  # a killed run knows its options
     assert (read.pop("task"), read.pop("task_args")) == ("a b.py:f", {"n": 3})
     assert Options.resolve(read) == options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -131,4 +132,5 @@ def compared(run: Opened, name: str, count: int) -> float:
         with torch.no_grad():
             losses_of(run.task, probe_batch(run.task, rows[:1], run.device, name))
 
-    return min(CHECK_SECONDS, count * digests) + min(count, CHECKED_LOSSES) * clocked(loss, run.device)
+    most = math.inf if run.options.resources.check_data == "full" else CHECK_SECONDS
+    return min(most, count * digests) + min(count, CHECKED_LOSSES) * clocked(loss, run.device)
