@@ -56,6 +56,8 @@ def repaired(folder: RunFolder, task: Task, options: Options, sample: float | No
         _restore_metadata(folder, faults)
         for stage, blocks in _to_make(folder, faults).items():
             _make_again(run, stage, blocks)
+        for stage in folder.manifest.stages:  # a repair may have been stopped before it could
+            settle(run, stage)
     return verify(RunFolder(folder.path), sample, show)
 
 
@@ -125,6 +127,5 @@ def _make_again(run: Opened, stage: str, blocks: set[int]) -> None:
             by_layer(run, blocks)
         else:
             STAGES[stage](run, only=blocks)
-        settle(run, stage)
     except (DamagedStore, IncompleteStore) as error:
         log.warning(f"{stage} cannot be repaired: {error}")
