@@ -103,7 +103,7 @@ class Ledger:
                 (stage,),
             ).fetchall()
             return {int(row[0]): _record(stage, row, files.get(row[0], [])) for row in rows}
-        except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+        except (sqlite3.DatabaseError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise DamagedStore(f"{self._path}: the ledger cannot be read ({error}); start over with --force") from error
 
     def close(self) -> None:
@@ -139,6 +139,7 @@ def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
         connection = sqlite3.connect(path, timeout=30.0, check_same_thread=False)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
+        _refuse_code(connection)
         connection.executescript(_SCHEMA)
         return connection
     except sqlite3.DatabaseError as error:
@@ -152,12 +153,24 @@ def _connect_for_reading(path: Path) -> sqlite3.Connection:
     """Without writing a byte where possible: on a read-only medium WAL's side files cannot be made."""
     connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30.0)
     try:
+        _refuse_code(connection)
         connection.execute("SELECT count(*) FROM blocks").fetchone()
     except sqlite3.OperationalError:
         connection.close()
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
+        _refuse_code(connection)
         connection.execute("SELECT count(*) FROM blocks").fetchone()
     return connection
+
+
+def _refuse_code(connection: sqlite3.Connection) -> None:
+    """`sqlite3.DatabaseError` unless the file holds our two tables alone: no views, triggers, generated columns."""
+    connection.execute("PRAGMA trusted_schema = OFF")
+    ours = {" ".join(text.replace("IF NOT EXISTS ", "").split()) for text in _SCHEMA.split(";")}
+    for kind, name, text in connection.execute("SELECT type, name, sql FROM sqlite_master"):
+        own_index = kind == "index" and text is None
+        if not own_index and " ".join(str(text).split()) not in ours:
+            raise sqlite3.DatabaseError(f"a {str(kind)[:20]} {str(name)[:40]!r} that is none of its own")
 
 
 def array_bytes(records: Iterable[BlockRecord]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infl_cache.disk.durable import write_atomically
+from infl_cache.disk.inside import check_plan
 from infl_cache.errors import BadInput, DamagedStore, ForeignRun
 
 FORMAT = 1
@@ -52,6 +53,13 @@ class Manifest:
             raise DamagedStore(f"{path}: expected a manifest, found a damaged file ({error}); restore it") from error
         if not (sound and intact):
             raise DamagedStore(f"{path}: expected the manifest as it was written, found an edited one; restore it")
+        for stage, entry in manifest.stages.items():
+            try:
+                check_plan(entry["plan"])
+            except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
+                raise DamagedStore(
+                    f"{path}: expected a plan of {stage[:40]} that a run can have, found {str(error)[:120]}; restore it"
+                ) from error
         return manifest
 
     def checksum(self) -> str:

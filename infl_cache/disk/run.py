@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from infl_cache.disk.codecs import Codec, planned_codec
 from infl_cache.disk.durable import disk_full_is_said, make_folders, remove, write_atomically
 from infl_cache.disk.growth import begin_growth, check_metadata, finish_growth
+from infl_cache.disk.inside import refuse_links
 from infl_cache.disk.layout import ArrayLayout, Block, samples_of, span_blocks
 from infl_cache.disk.ledger import BlockRecord, FileRecord, Ledger, done_in
 from infl_cache.disk.lock import only_writer
@@ -32,6 +33,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_links(path, only_run=True)
         self.manifest = Manifest.read(path / "manifest.json")
         # What run.yaml says, written when a stage begins or goes on: a killed run knows its options.
         self.configuration: Mapping[str, Any] = {}
@@ -53,6 +55,7 @@ class RunFolder:
                 make_folders(self.path)
             except (FileExistsError, NotADirectoryError, PermissionError) as error:
                 raise BadInput(f"{self.path}: cannot be a run folder: {error.strerror}") from error
+            refuse_links(self.path, None)
             with only_writer(self.path):
                 self.manifest = Manifest.read(self.path / "manifest.json")
                 self._ledger = Ledger(self.path / "ledger.sqlite")
@@ -149,6 +152,7 @@ class RunFolder:
 
     def store(self, stage: str, mode: str = "r") -> Store:
         """The stage's zarr store, after its metadata files have been compared with the manifest."""
+        refuse_links(self.path, OUTPUTS[stage])
         if mode == "r+":
             self._finish_growth(stage)
         try:

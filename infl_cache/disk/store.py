@@ -22,16 +22,20 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from infl_cache.disk.codecs import CRC_BYTES, Codec, stored_checksum
 from infl_cache.disk.direct import write_durably
 from infl_cache.disk.durable import crc32c_of_file, sync_file, sync_folders
+from infl_cache.disk.inside import leads_out
 from infl_cache.disk.layout import ArrayLayout, Block, chunk_parts
 from infl_cache.disk.ledger import FileRecord
 from infl_cache.errors import DamagedStore
 
 Array = NDArray[np.generic]
 METADATA = "zarr.json"
+# What may make bytes of numbers; of no other codec is anything read.
+CODECS = {BytesCodec, BloscCodec, Crc32cCodec}
 ENCODERS = os.cpu_count() or 1
 # Waiting for the disk in one thread, the others go on.
 WRITERS = 4
@@ -67,6 +71,7 @@ class Store:
             array = group[path]
             if not isinstance(array, zarr.Array):
                 raise DamagedStore(f"{folder / path}: expected a zarr array, found a group")
+            _require_own_kind(folder / path, array, self.layouts[path])
             # A run-time setting that zarr does not store: it must be set at every opening.
             self._arrays[path] = array.with_config({"write_empty_chunks": True})
 
@@ -150,6 +155,14 @@ class Store:
         return read
 
 
+def _require_own_kind(place: Path, array: zarr.Array, layout: ArrayLayout) -> None:  # type: ignore[type-arg]
+    """`DamagedStore` unless an array's rows have the shape, type and kinds of codecs that were laid out."""
+    kinds = {type(codec) for codec in array.metadata.codecs}  # type: ignore[union-attr]
+    found = (array.shape[1:], array.chunks, np.dtype(array.dtype))  # a store that grows may have fewer rows
+    if found != (layout.shape[1:], layout.chunks, np.dtype(layout.dtype)) or not kinds <= CODECS:
+        raise DamagedStore(f"{place / METADATA}: expected the array of the manifest's plan, found another; restore it")
+
+
 def create_store(folder: Path, layouts: Iterable[ArrayLayout], codec: Codec) -> tuple[FileRecord, ...]:
     """Make an empty store on the disk (replacing a half-made one); return its metadata files as records."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -220,7 +233,7 @@ def record_of_file(root: Path, file: Path) -> FileRecord:
 def check_file(root: Path, expected: FileRecord, recorder: Callable[[Path, Path], FileRecord], rows: str = "") -> None:
     """`DamagedStore` that names the file (and its rows) unless it has the size and checksum that were recorded."""
     file, remedy = root / expected.path, f"infl-cache verify {root} --repair makes it again, --force starts over"
-    if ".." in Path(expected.path).parts or Path(expected.path).is_absolute():
+    if leads_out(expected.path):
         raise DamagedStore(f"{root}: expected file names inside the folder, found {expected.path!r}")
     try:
         found = recorder(root, file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from infl_cache.disk.inside import leads_out
 from infl_cache.disk.matrix import MatrixFile
 from infl_cache.disk.sums import Bytes, size_of_file, sums_of_file
 from infl_cache.stages.tiles import CommittedTile
@@ -23,15 +24,6 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.file}{f' ({self.rows})' if self.rows else ''}: expected {self.expected}, found {self.found}"
-
-
-def outside(name: str) -> bool:
-    """Whether a name that was read from the disk leads out of the run folder.
-
-    >>> outside("../x"), outside("/x"), outside("grad_z.zarr/dense/c.0.0")
-    (True, True, False)
-    """
-    return ".." in Path(name).parts or Path(name).is_absolute()
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class FileCheck:
     def fault(self, read: bool, memory: Bytes) -> Fault | None:
         """What is wrong with it, if anything; a size that is right is all there is to say unless it is `read`."""
         crc = self.crc
-        if outside(self.file):
+        if leads_out(self.file):
             return Fault(self.stage, self.block, self.file[:200], self.rows, "a name inside the folder", "this one")
         try:
             size = size_of_file(self.root / self.file)

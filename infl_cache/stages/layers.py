@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from infl_cache.disk.arrays import read_arrays
 from infl_cache.disk.layout import blocks
 from infl_cache.disk.ledger import BlockRecord
 from infl_cache.disk.matrix import MatrixFile
@@ -118,9 +119,8 @@ def stored_shares(folder: RunFolder) -> LayerShares:
     """What is in `by_layer.npz`; `DamagedStore` if the file is not what was committed."""
     for file in folder.records(SHARES)[0].files:
         check_file(folder.path, file, record_of_file)
-    with np.load(folder.path / SHARES_FILE, allow_pickle=False) as found:
-        names = tuple(found["names"].tolist())
-        return LayerShares(names, found["parameters"], found["share"], found["share_of_all"])
+    found = read_arrays(folder.path / SHARES_FILE)
+    return LayerShares(tuple(found["names"].tolist()), found["parameters"], found["share"], found["share_of_all"])
 
 
 def shares_of(folder: RunFolder, names: Sequence[str], parameters: Sequence[int], budget: int) -> LayerShares:

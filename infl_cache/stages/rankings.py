@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from infl_cache.disk.arrays import read_arrays
 from infl_cache.disk.durable import write_atomically
 from infl_cache.disk.layout import Block, blocks
 from infl_cache.disk.matrix import Floats, MatrixFile
@@ -124,8 +125,7 @@ def stored_rankings(folder: RunFolder) -> Arrays:
         raise IncompleteStore(f"{folder.path}: expected finished rankings, found none; run infl-cache influence first")
     for file in records[0].files:
         check_file(folder.path, file, record_of_file)
-    with np.load(folder.path / RANKINGS, allow_pickle=False) as found:
-        return dict(found)
+    return read_arrays(folder.path / RANKINGS)
 
 
 def stored_length(folder: RunFolder, asked: int | None, usual: int) -> int:

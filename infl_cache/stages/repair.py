@@ -9,6 +9,7 @@ from infl_cache.config import Options, SelectionOptions
 from infl_cache.disk.codecs import planned_codec
 from infl_cache.disk.durable import remove
 from infl_cache.disk.growth import restore_metadata
+from infl_cache.disk.inside import leads_out
 from infl_cache.disk.layout import chunk_keys
 from infl_cache.disk.manifest import differences
 from infl_cache.disk.run import RunFolder
@@ -17,7 +18,7 @@ from infl_cache.errors import BadInput, DamagedStore, ForeignRun, IncompleteStor
 from infl_cache.maths.task import Task
 from infl_cache.stages.again import settle
 from infl_cache.stages.by_layer import by_layer
-from infl_cache.stages.checks import Fault, outside
+from infl_cache.stages.checks import Fault
 from infl_cache.stages.grads import grads
 from infl_cache.stages.influence import influence
 from infl_cache.stages.opening import Opened, StageResult, log, opened
@@ -112,7 +113,7 @@ def _clear_the_way(folder: RunFolder, stage: str, blocks: set[int]) -> None:
         for layout in folder.array_layouts(stage)
         for key in chunk_keys(layout, block)
     ]  # fmt: skip
-    remove(folder.path / name for name in names if not outside(name) and (folder.path / name).is_dir())
+    remove(folder.path / name for name in names if not leads_out(name) and (folder.path / name).is_dir())
 
 
 def _make_again(run: Opened, stage: str, blocks: set[int]) -> None:
