@@ -13,7 +13,7 @@ from infl_cache.errors import DamagedStore
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Every array by its name; `DamagedStore` for what is no such file, holds objects, or unfolds to more than it is."""
+    """Every array by its name; `DamagedStore` for what is no such file, holds objects, or is packed."""
     try:
         with zipfile.ZipFile(path) as packed:
             if any(each.compress_type != zipfile.ZIP_STORED for each in packed.infolist()):

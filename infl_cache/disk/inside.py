@@ -30,7 +30,7 @@ def leads_out(name: str) -> bool:
     (True, True, False)
     """
     path = Path(name)
-    return ".." in path.parts or path.is_absolute() or "\\0" in name
+    return ".." in path.parts or path.is_absolute() or "\0" in name
 
 
 def refuse_links(folder: Path, below: Iterable[str] | None = (), only_run: bool = False) -> None:
@@ -85,6 +85,8 @@ def check_plan(plan: Mapping[str, Any]) -> None:
     for start, stop, step in plan.get("samples", ()):
         if len(range(_number(start, -1), _number(stop, -1), step)) > max(ends):
             raise ValueError(f"samples {start} to {stop}")
+    if not all(isinstance(each, str) for each in plan.get("layers", ())) or plan.get("layers") == []:
+        raise ValueError("layers without names")
     for name in ("tile_rows", "tile_blocks", "chunk_columns", "batch_size"):
         if name in plan:
             _number(plan[name], 1)

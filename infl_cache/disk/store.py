@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import zarr
@@ -33,6 +33,7 @@ from infl_cache.disk.ledger import FileRecord
 from infl_cache.errors import DamagedStore
 
 Array = NDArray[np.generic]
+Stored: TypeAlias = "zarr.Array[Any]"
 METADATA = "zarr.json"
 # What may make bytes of numbers; of no other codec is anything read.
 CODECS = {BytesCodec, BloscCodec, Crc32cCodec}
@@ -63,17 +64,15 @@ class Store:
             raise ValueError("expected the codec that the store was made with, to write into it")
         self._codec = codec
         self.layouts = {layout.path: layout for layout in layouts}
-        group = zarr.open_group(folder, mode="r+" if mode == "r+" else "r", zarr_format=3)
         # Where a block's way to the disk takes its time, on the clock; "write" includes the sync of each file.
         self.seconds = {"encode": 0.0, "write": 0.0, "sync": 0.0}
-        self._arrays: dict[str, zarr.Array] = {}  # type: ignore[type-arg]
-        for path in self.layouts:
-            array = group[path]
-            if not isinstance(array, zarr.Array):
-                raise DamagedStore(f"{folder / path}: expected a zarr array, found a group")
-            _require_own_kind(folder / path, array, self.layouts[path])
-            # A run-time setting that zarr does not store: it must be set at every opening.
-            self._arrays[path] = array.with_config({"write_empty_chunks": True})
+        try:
+            self._arrays = _opened(folder, self.layouts, "r+" if mode == "r+" else "r")
+        except Exception as error:  # zarr raises many kinds for metadata that it does not understand
+            raise DamagedStore(
+                f"{folder}: expected the arrays of the manifest's plan, found others"
+                f" ({' '.join(str(error).split())[:160]}); restore {METADATA}, or start the stage over with --force"
+            ) from error
 
     def write_block(self, block: Block, data: Mapping[str, Array]) -> tuple[FileRecord, ...]:
         """Write the rows of `block` into every array; return once files and their names are on the disk."""
@@ -155,12 +154,20 @@ class Store:
         return read
 
 
-def _require_own_kind(place: Path, array: zarr.Array, layout: ArrayLayout) -> None:  # type: ignore[type-arg]
-    """`DamagedStore` unless an array's rows have the shape, type and kinds of codecs that were laid out."""
-    kinds = {type(codec) for codec in array.metadata.codecs}  # type: ignore[union-attr]
-    found = (array.shape[1:], array.chunks, np.dtype(array.dtype))  # a store that grows may have fewer rows
-    if found != (layout.shape[1:], layout.chunks, np.dtype(layout.dtype)) or not kinds <= CODECS:
-        raise DamagedStore(f"{place / METADATA}: expected the array of the manifest's plan, found another; restore it")
+def _opened(folder: Path, layouts: Mapping[str, ArrayLayout], mode: Literal["r", "r+"]) -> dict[str, Stored]:
+    """The arrays of a store; `ValueError` unless their rows have the shape, type and kinds of codecs laid out."""
+    group, arrays = zarr.open_group(folder, mode=mode, zarr_format=3), {}
+    for path, layout in layouts.items():
+        array = group[path]
+        if not isinstance(array, zarr.Array):
+            raise ValueError(f"{path}: a group")
+        kinds = {type(codec) for codec in array.metadata.codecs}  # type: ignore[union-attr]
+        found = (array.shape[1:], array.chunks, np.dtype(array.dtype))  # a store that grows may have fewer rows
+        if found != (layout.shape[1:], layout.chunks, np.dtype(layout.dtype)) or not kinds <= CODECS:
+            raise ValueError(f"{path}: {array.dtype} of shape {array.shape} in chunks of {array.chunks}")
+        # A run-time setting that zarr does not store: it must be set at every opening.
+        arrays[path] = array.with_config({"write_empty_chunks": True})
+    return arrays
 
 
 def create_store(folder: Path, layouts: Iterable[ArrayLayout], codec: Codec) -> tuple[FileRecord, ...]:

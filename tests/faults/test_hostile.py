@@ -90,10 +90,9 @@ def tried(act, path, may_succeed=True):
     with limited():
         try:
             found = ACTS[act](path)
-        except REFUSALS as error:
-            assert len(str(error).splitlines()) <= 12
+        except REFUSALS:
             return True
-    refused = found in (2, 3, 4) if isinstance(found, int) else found is False
+    refused = found is False or (type(found) is int and found in (2, 3, 4))
     refused |= hasattr(found, "sound") and not found.sound
     assert refused or may_succeed, f"{act} took it"
     return refused
@@ -236,7 +235,6 @@ PLANS = {
         metadata_before=[{"path": "../outside/kept", "size": 10, "crc": 1}]
     ),
     "tiles": lambda stages: stages["influence"]["plan"].update(tile_blocks=0),
-    "tile rows": lambda stages: stages["influence"]["plan"].update(tests=[[0, HUGE]]),
     "layers": lambda stages: stages["by_layer"]["plan"].update(layers=[]),
     "forms": lambda stages: stages["grads"]["plan"].update(forms={}),
     "forms of another kind": lambda stages: stages["grads"]["plan"].update(forms=[["x"] * 9]),
@@ -270,11 +268,11 @@ LEDGERS = {
     "nothing": "UPDATE blocks SET digest = CAST(zeroblob(10) AS TEXT), start = -1",
     "huge numbers": f"UPDATE blocks SET start = {2**62}, stop = {2**63 - 1}",
     "texts for numbers": "UPDATE blocks SET start = 'DROP TABLE', seconds = 'x'",
-    "blobs": "UPDATE files SET path = x'00ff00', size = x'00'",
+    "blobs": "UPDATE files SET path = CAST(path AS BLOB), size = x'00'",
     "deep lists": "UPDATE blocks SET bad_rows = '" + "[" * 50_000 + "]" * 50_000 + "'",
-    "names outside": "UPDATE files SET path = '../outside/kept'",
-    "names from the root": "UPDATE files SET path = '/etc/hostname'",
-    "names with a NUL": "UPDATE files SET path = 'a' || char(0) || 'b'",
+    "names outside": "UPDATE files SET path = '../outside/' || rowid",
+    "names from the root": "UPDATE files SET path = '/etc/' || rowid",
+    "names with a NUL": "UPDATE files SET path = 'a' || char(0) || rowid",
     "a million rows": (
         "INSERT INTO blocks WITH RECURSIVE n(i) AS (SELECT 100 UNION ALL SELECT i + 1 FROM n WHERE i < 300000)"
         " SELECT 'grads', i, 0, 8, '', 0, '[]', 0.0, 0.0 FROM n"

@@ -143,7 +143,7 @@ class Forms:
         """
         try:
             return cls._read(content)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedStore(
                 f"the plan of grads: expected the forms of this version of infl_cache, found others ({error!r});"
                 " start over with infl-cache grads --force"
