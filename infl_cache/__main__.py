@@ -15,7 +15,8 @@ from typing import Any, get_type_hints
 from jsonargparse import Namespace
 
 from infl_cache.arguments import parser
-from infl_cache.config import read_config_file
+from infl_cache.config import read_config_file, short
+from infl_cache.disk.configuration import written_by_this_user
 from infl_cache.disk.durable import require_writable, write_atomically
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput, DamagedStore, InflCacheError, Interrupted
@@ -188,6 +189,12 @@ def _to_repair(given: Namespace) -> Run:
         raise BadInput(f"{given.run}: expected a run folder, found no manifest.json there")
     own = {name: given[name] for name in ("task", "task_args") if given[name]}
     if config.exists():
+        if "task" not in own and not written_by_this_user(config):
+            named = str(read_config_file(config).get("task"))
+            raise BadInput(
+                f"{config}: names the code of the task ({short(named)}), but is not as you wrote it on this machine; if"
+                f" you trust it: infl-cache verify {shlex.quote(given.run)} --repair --task {shlex.quote(named)}"
+            )
         own["config"] = str(config)
     return _prepared(Namespace(**own, run=given.run))[0]  # type: ignore[no-untyped-call]
 

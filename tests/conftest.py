@@ -1,6 +1,7 @@
 """What all tests share: one thread for each process, and the longest files first."""
 
 import os
+import tempfile
 
 import torch
 
@@ -8,6 +9,10 @@ import torch
 # Children take it from here.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# The key by which run.yaml is marked: not that of whoever runs the tests.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="infl_cache-state-")
 
 # Where files are given out to processes, none of these is to be begun last and waited for alone.
 LONGEST = (

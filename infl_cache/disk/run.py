@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from infl_cache.disk.codecs import Codec, planned_codec
+from infl_cache.disk.configuration import as_yaml
 from infl_cache.disk.durable import disk_full_is_said, make_folders, remove, write_atomically
 from infl_cache.disk.growth import begin_growth, check_metadata, finish_growth
 from infl_cache.disk.inside import refuse_links
@@ -295,6 +295,4 @@ class RunFolder:
 
     def write_configuration(self) -> None:
         """Keep the resolved configuration in a form that runs again as it is."""
-        head = "# Written by infl_cache. Runs again as it is: infl-cache run --config run.yaml\n"
-        text = head + yaml.safe_dump(dict(self.configuration), sort_keys=False)
-        write_atomically(self.path / "run.yaml", text.encode())
+        write_atomically(self.path / "run.yaml", as_yaml(self.configuration))
