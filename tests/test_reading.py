@@ -161,3 +161,17 @@ def older(path):
         record = folder.records("rankings")[0]
         folder.commit("rankings", folder.stage_blocks("rankings")[0], [folder.record_file("rankings.npz")], 0.0)
         assert record.files != folder.records("rankings")[0].files
+
+
+def test_a_lost_chunk_is_damage_and_not_another_task(tmp_path):
+    task = tasks.mlp(n_train=20, n_test=4)
+    run = Run(tmp_path / "run", task, solver="identity", progress=False, block_rows=5)
+    run.all()
+    for name in ("grad_z.zarr/digest/c.2", "s_test.zarr/digest/c.0"):
+        chunk = run.path / name
+        kept = chunk.read_bytes()
+        chunk.unlink()
+        for read in (lambda again: again.helpful(0, 1), lambda again: again.scores()):
+            with pytest.raises(DamagedStore, match=name):
+                read(Run(run.path, task))
+        chunk.write_bytes(kept)

@@ -94,6 +94,8 @@ def solved(folder: RunFolder) -> tuple[NDArray[np.int64], dict[str, NDArray[np.g
     """The test samples whose s_test is done, and residual, iterations and convergence of each."""
     store, samples, done = folder.store("stest"), folder.samples("stest"), folder.records("stest")
     ready = [block for block in folder.stage_blocks("stest") if block.index in done]
+    for block in ready:
+        folder.check_block(done[block.index])
     parts = [store.read_block(block, ["residual", "iterations", "converged"]) for block in ready]
     tests = np.concatenate([samples[block.start : block.stop] for block in ready])
     return tests, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
