@@ -416,3 +416,10 @@ def test_a_small_file_that_unfolds_to_a_huge_one_is_refused_and_takes_no_memory(
     )
     assert told.stdout.strip().isdigit(), f"refused neither quickly nor cleanly: {told.stderr[-300:]}"
     assert int(told.stdout) < 1000
+
+
+@pytest.mark.parametrize("text", ["damping: 0.1\ndamping: 5\n", "top-k: 3\ntop_k: 4\n", "task_args: {a: 1, a: 2}\n"])
+def test_an_option_that_is_there_twice_is_refused(text, tmp_path):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(BadInput, match=r"twice|once"):
+        read_config_file(tmp_path / "x.yaml")

@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from infl_cache.errors import DamagedStore
 
 # Rows and blocks that a plan may speak of, and bytes of one chunk: a thousand times what was ever planned.
 MAX_ROWS, MAX_BLOCKS, MAX_CHUNK_BYTES = 10**12, 10**7, 2**36
-KINDS = "biuf"
+MAX_AXES, MAX_DEPTH = 8, 32
+DTYPES = {
+    "bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+}  # fmt: skip
 
 
 def leads_out(name: str) -> bool:
@@ -33,7 +34,7 @@ def leads_out(name: str) -> bool:
     return ".." in path.parts or path.is_absolute() or "\0" in name
 
 
-def refuse_links(folder: Path, below: Iterable[str] | None = (), only_run: bool = False) -> None:
+def refuse_links(folder: Path, below: Iterable[str] | None = (), only_run: bool = False, depth: int = 0) -> None:
     """`DamagedStore` that names a link, pipe or device among the entries of `folder`, or anywhere under those `below`.
 
     With None under all of them; with `only_run` nothing is looked at where there is no manifest. The folder itself may
@@ -41,6 +42,8 @@ def refuse_links(folder: Path, below: Iterable[str] | None = (), only_run: bool 
     """
     if only_run and not os.path.lexists(folder / "manifest.json"):
         return
+    if depth > MAX_DEPTH:
+        raise DamagedStore(f"{str(folder)[:200]}: expected a run, found folders in folders without end; remove them")
     try:
         with os.scandir(folder) as entries:
             found = list(entries)
@@ -54,7 +57,7 @@ def refuse_links(folder: Path, below: Iterable[str] | None = (), only_run: bool 
                 " remove it, or put in its place what it leads to"
             )
         if (below is None or entry.name in below) and entry.is_dir(follow_symlinks=False):
-            refuse_links(Path(entry.path), None)
+            refuse_links(Path(entry.path), None, depth=depth + 1)
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
@@ -62,34 +65,31 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
 
 
+class Plan(dict[str, Any]):
+    """A stage's plan as it was read: whoever asks for a fact that is not there is told so."""
+
+    def __missing__(self, name: str) -> Any:
+        raise DamagedStore(f"manifest.json: expected {name} in the plan of a stage, found none; restore the file")
+
+
 def check_plan(plan: Mapping[str, Any]) -> None:
-    """`ValueError` or `TypeError` unless names and numbers of a stage's plan are such as a run can have."""
-    for name in ("metadata", "metadata_before"):
-        for record in plan.get(name, ()):
-            _name(record["path"])
-            _number(record["size"], 0)
-            _number(record["crc"], 0)
-    for layout in plan.get("arrays", ()):
-        _name(layout["path"])
-        kind = np.dtype(str(layout["dtype"]))
-        for each in (*layout["row_shape"], *layout["chunk_row_shape"], layout["n_rows"]):
-            _number(each, 0)
-        size = kind.itemsize * _number(layout["chunk_rows"], 1) * math.prod(layout["chunk_row_shape"])
-        if kind.kind not in KINDS or size > MAX_CHUNK_BYTES or len(layout["row_shape"]) > 8:
-            raise ValueError(f"an array of {kind} in chunks of {size} bytes")
-    if "n_rows" in plan:
-        spans = plan.get("spans", [[0, plan["n_rows"]]])
-        ends = [_number(each, 0) for span in spans for each in span] + [_number(plan["n_rows"], 0)]
-        if sum(1 + (stop - start) // _number(plan["block_rows"], 1) for start, stop in spans) > MAX_BLOCKS:
-            raise ValueError(f"{max(ends)} rows in blocks of {plan['block_rows']}")
-    for start, stop, step in plan.get("samples", ()):
-        if len(range(_number(start, -1), _number(stop, -1), step)) > max(ends):
-            raise ValueError(f"samples {start} to {stop}")
-    if not all(isinstance(each, str) for each in plan.get("layers", ())) or plan.get("layers") == []:
-        raise ValueError("layers without names")
-    for name in ("tile_rows", "tile_blocks", "chunk_columns", "batch_size"):
-        if name in plan:
-            _number(plan[name], 1)
+    """`ValueError` or `TypeError` unless names, types and sizes of a stage's plan are such as a run can have."""
+    for name, value in plan.items():
+        CHECKS.get(name, _anything)(value)
+    if "n_rows" not in plan or "block_rows" not in plan:
+        return  # nothing can be done with it
+    n_rows = int(plan["n_rows"])
+    spans = plan.get("spans", [[0, n_rows]])
+    blocks = sum(1 + (stop - start) // plan["block_rows"] for start, stop in spans)
+    if len(spans) > MAX_BLOCKS or blocks > MAX_BLOCKS:
+        raise ValueError(f"{n_rows} rows in blocks of {plan['block_rows']}")
+    rows = sum(stop - start for start, stop in spans)
+    if "samples" in plan and sum(len(range(*each)) for each in plan["samples"]) != rows:
+        raise ValueError(f"other samples than its {rows} rows")
+
+
+def _anything(value: Any) -> None:
+    """What decides nothing where it is read, or is checked there."""
 
 
 def _name(name: Any) -> None:
@@ -97,7 +97,80 @@ def _name(name: Any) -> None:
         raise ValueError(f"a name that leads out of the folder: {str(name)[:80]!r}")
 
 
-def _number(value: Any, least: int) -> int:
+def _number(value: Any, least: int = 0) -> int:
     if type(value) is not int or not least <= value <= MAX_ROWS:
         raise ValueError(f"{str(value)[:40]!r} in place of a number from {least} to {MAX_ROWS}")
     return value
+
+
+def _above_zero(value: Any) -> None:
+    _number(value, 1)
+
+
+def _of(kind: type | tuple[type, ...]) -> Callable[[Any], None]:
+    def check(value: Any) -> None:
+        if not isinstance(value, kind):
+            raise TypeError(f"{str(value)[:40]!r} of another type")
+
+    return check
+
+
+def _some(each_is: Callable[[Any], object]) -> Callable[[Any], None]:
+    def check(value: Any) -> None:
+        if not isinstance(value, list) or not value:
+            raise TypeError(f"{str(value)[:40]!r} in place of a list with something in it")
+        for each in value:
+            each_is(each)
+
+    return check
+
+
+def _span(value: Any) -> None:
+    start, stop = value
+    if _number(start) >= _number(stop):
+        raise ValueError(f"rows {start} to {stop}")
+
+
+def _range(value: Any) -> None:
+    start, stop, step = value
+    if len(range(_number(start, -1), _number(stop, -1), _number(step, -MAX_ROWS))) > MAX_ROWS:
+        raise ValueError(f"samples {start} to {stop}")
+
+
+def _record(value: Any) -> None:
+    _name(value["path"])
+    _number(value["size"])
+    _number(value["crc"])
+
+
+def _layout(value: Any) -> None:
+    _name(value["path"])
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"an array of {str(value['dtype'])[:40]!r}")
+    _number(value["n_rows"])
+    shape = [_number(each) for each in (*value["row_shape"], *value["chunk_row_shape"])]
+    size = 8 * _number(value["chunk_rows"], 1) * math.prod(value["chunk_row_shape"])
+    if len(shape) > 2 * MAX_AXES or size > MAX_CHUNK_BYTES:
+        raise ValueError(f"chunks of {size} bytes")
+
+
+def _codec(value: Any) -> None:
+    if value["name"] not in ("lz4", "zstd", "none") or _number(value["level"]) > 9 or len(value) != 2:
+        raise ValueError(f"codec {str(value)[:40]!r}")
+
+
+def _numbers_by_name(value: Any) -> None:
+    if not isinstance(value, dict) or not all(isinstance(each, int | float) for each in value.values()):
+        raise TypeError(f"{str(value)[:40]!r} in place of numbers")
+
+
+# What each fact of a plan must be.
+CHECKS: dict[str, Callable[[Any], object]] = {
+    "n_rows": _number, "block_rows": _above_zero, "batch_size": _above_zero, "tile_rows": _above_zero,
+    "tile_blocks": _above_zero, "chunk_columns": _above_zero, "slab_bytes": _number, "room": _number,
+    "spans": _some(_span), "tests": _some(_span), "samples": _some(_range), "arrays": _some(_layout),
+    "metadata": _some(_record), "metadata_before": _some(_record), "codec": _codec, "layers": _some(_of(str)),
+    "repairing": _some(_number), "forms": _of(dict), "matrix": _of(bool), "damping": _of((int, float)),
+    "curvature": _of(str), "measure": _of(str), "parameters_dtype": _of(str), "spectrum": _numbers_by_name,
+    "rounding": _of(dict),
+}  # fmt: skip

@@ -137,9 +137,9 @@ def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
             return _connect_for_reading(path)
         # The writer thread commits, the main thread waits for it: one at a time, never both.
         connection = sqlite3.connect(path, timeout=30.0, check_same_thread=False)
+        _refuse_code(connection)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
-        _refuse_code(connection)
         connection.executescript(_SCHEMA)
         return connection
     except sqlite3.DatabaseError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from infl_cache.disk.durable import write_atomically
-from infl_cache.disk.inside import check_plan
+from infl_cache.disk.inside import Plan, check_plan
 from infl_cache.errors import BadInput, DamagedStore, ForeignRun
 
 FORMAT = 1
@@ -44,6 +44,7 @@ class Manifest:
             for entry in manifest.stages.values():
                 kinds = (("identity", dict), ("plan", dict), ("fingerprint", str))
                 sound = sound and all(isinstance(entry[name], kind) for name, kind in kinds)
+                sound = sound and isinstance(entry.get("options", {}), dict)
             intact = content["checksum"] == manifest.checksum()
         except FileNotFoundError:
             return cls()
@@ -56,6 +57,7 @@ class Manifest:
         for stage, entry in manifest.stages.items():
             try:
                 check_plan(entry["plan"])
+                entry["plan"] = Plan(entry["plan"])
             except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
                 raise DamagedStore(
                     f"{path}: expected a plan of {stage[:40]} that a run can have, found {str(error)[:120]}; restore it"

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from infl_cache.disk.ledger import array_bytes
 from infl_cache.disk.run import RunFolder
 from infl_cache.disk.tiles import FOLDER, bytes_of_tiles
-from infl_cache.errors import BadInput
-from infl_cache.maths.capture import Forms
+from infl_cache.errors import BadInput, DamagedStore
 from infl_cache.progress import human_bytes, human_seconds
 from infl_cache.stages.blocks import some
 from infl_cache.stages.keeping import kept_line
@@ -129,13 +128,21 @@ def _stage_status(folder: RunFolder, stage: str) -> StageStatus:
     )  # fmt: skip
 
 
+def _forms_in_words(forms: Mapping[str, Any]) -> list[str]:
+    """How many layers have which form; older versions knew fewer."""
+    try:
+        others = [f"{len(forms[kind])} {words}" for kind, words in
+                  (("spread", "parameters copied"), ("alone", "modules alone")) if forms.get(kind)]  # fmt: skip
+        others += [f"{len(forms['mapped'])} parameters by {forms['engine']} of the model"] if forms["mapped"] else []
+        return [f"{len(forms['factored'])} layers factored", f"{len(forms['expanded'])} multiplied out", *others]
+    except (KeyError, TypeError) as error:
+        raise DamagedStore(f"the plan of grads: expected the forms of its layers, found others ({error!r})") from error
+
+
 def _grads_details(folder: RunFolder, n_bytes: int, rows_done: int) -> dict[str, Any]:
-    forms = Forms.from_json(folder.plan("grads")["forms"])
+    forms = folder.plan("grads")["forms"]
     n_params = int((folder.manifest.task or {}).get("n_params", 0))
-    others = [f"{len(kind)} {words}" for kind, words in
-              ((forms.spread, "parameters copied"), (forms.alone, "modules alone")) if kind]  # fmt: skip
-    others += [f"{len(forms.mapped)} parameters by {forms.engine} of the model"] if forms.mapped else []
-    counts = [f"{len(forms.factored)} layers factored", f"{len(forms.expanded)} multiplied out", *others]
+    counts = _forms_in_words(forms)
     details = {"forms": ", ".join(counts)}
     identity = folder.manifest.stages["grads"]["identity"]
     if not identity.get("cache", True):  # older versions kept the gradients always

@@ -1,14 +1,18 @@
 """A run folder from somebody who means harm: no code of his runs, nothing outside is read or written, no hang."""
 
+import contextlib
 import json
 import os
 import pickle
+import random
 import resource
 import shutil
 import signal
 import sqlite3
+import subprocess
 from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -256,6 +260,52 @@ def test_a_plan_that_no_run_can_have_is_refused_at_once(what, path, tmp_path):
     refused = [tried(act, path) for act in TRIED]
     assert any(refused)
     assert contents(outside) == before
+
+
+def test_a_plan_with_any_fact_of_another_kind_is_a_refusal_or_the_same_run(finished, tmp_path):
+    chance = random.Random(int(os.environ.get("INFL_CACHE_SEED") or 1))
+    stages = Manifest.read(finished / "manifest.json").stages
+    values = ["x", 7, [], {}, None, -1, 1e308, [[0, 1]], ["x"], {"name": "x"}, True, "gone"]
+    edits = [(stage, key, value) for stage, entry in stages.items() for key in entry["plan"] for value in values]
+    assert len(edits) > 300
+    scores = np.array(Run(finished).scores())
+    for stage, key, value in chance.sample(edits, times(25, len(edits))):
+        path = tmp_path / "edited"
+        shutil.copytree(finished, path)
+
+        def change(stages, stage=stage, key=key, value=value):
+            stages[stage]["plan"].pop(key)
+            if value != "gone":
+                stages[stage]["plan"][key] = value
+
+        edited(path, change)
+        for act in TRIED:
+            tried(act, path)
+        with contextlib.suppress(InflCacheError):
+            np.testing.assert_array_equal(Run(path).scores(), scores, err_msg=f"{stage} {key} {value!r}")
+        shutil.rmtree(path)
+
+
+def test_folders_in_folders_without_end_are_refused(path, monkeypatch):
+    monkeypatch.chdir(path / "grad_z.zarr")
+    for _ in range(1500):
+        os.mkdir("d")
+        os.chdir("d")
+    os.chdir("/")
+    assert tried("grad_z", path, may_succeed=False)
+    assert tried("all", path, may_succeed=False)
+    subprocess.run(["rm", "-rf", str(path)], check=True)
+
+
+@pytest.mark.parametrize("name", ["pipe.yaml", "zero.yaml"])
+def test_a_configuration_that_is_no_plain_file_is_not_waited_for(name, tmp_path):
+    file = tmp_path / name
+    if name == "pipe.yaml":
+        os.mkfifo(file)
+    else:
+        file = Path("/dev/zero")
+    with limited(5):
+        assert main(["run", "--config", str(file)]) == 2
 
 
 LEDGERS = {
