@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 from infl_cache.arguments import parser
 from infl_cache.config import read_config_file, short
 from infl_cache.disk.configuration import written_by_this_user
-from infl_cache.disk.durable import require_writable, write_atomically
+from infl_cache.disk.durable import require_folder, require_writable, write_atomically
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput, DamagedStore, InflCacheError, Interrupted
 from infl_cache.maths.load import load_task
@@ -95,6 +95,8 @@ def _prepared(given: Namespace) -> tuple[Run, bool]:
 def _run_stages(names: Sequence[str], given: Namespace) -> None:
     """The named stages, a line for each as it ends; after all of them a short report."""
     run, force = _prepared(given)
+    if list(names) == list(STAGES):
+        require_folder(run.path / "report")
     # `run --force` starts everything over at once: no stage then finds another's older options in its way.
     results = run.all(force) if force and len(names) > 1 else (getattr(run, name)(force) for name in names)
     beside: tuple[StageResult, ...] = ()
@@ -110,6 +112,7 @@ def _run_stages(names: Sequence[str], given: Namespace) -> None:
 
 def _self_influence(given: Namespace) -> None:
     run, force = _prepared(given)
+    require_folder(run.path / "report")
     print(_result_line(run.self_influence(force)), flush=True)
     print("\n" + suspects_report(RunFolder(run.path), run.task))
 

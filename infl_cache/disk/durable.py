@@ -50,6 +50,13 @@ def require_writable(path: Path) -> None:
         raise BadInput(f"{path}: expected a file that can be written, found a folder, or one that cannot be written in")
 
 
+def require_folder(folder: Path) -> None:
+    """`BadInput` unless files can be written in a folder that is there, or it can be made where its parent is."""
+    place = folder if os.path.lexists(folder) else folder.parent
+    if place.exists() and not (place.is_dir() and os.access(place, os.W_OK)):
+        raise BadInput(f"{place}: expected a folder that can be written in, found none; make room for it, or remove it")
+
+
 def crc32c_of_file(path: Path, piece: int = 1 << 22) -> int:
     """CRC-32C (Castagnoli) of the whole file."""
     crc = 0

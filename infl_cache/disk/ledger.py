@@ -7,14 +7,17 @@ whose files have that size and checksum; a chunk file that merely exists proves 
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infl_cache.errors import DamagedStore
+from infl_cache.errors import DamagedStore, DiskFull
 
+# What SQLite takes to begin: with less, its errors speak of anything.
+ROOM = 2**20
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS blocks (
     stage TEXT NOT NULL, block INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
@@ -143,6 +146,10 @@ def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
         connection.executescript(_SCHEMA)
         return connection
     except sqlite3.DatabaseError as error:
+        if "disk I/O" in str(error) and shutil.disk_usage(path.parent).free < ROOM:
+            raise DiskFull(
+                f"{path}: the disk is full, not even the ledger has room; make some and try again"
+            ) from error
         raise DamagedStore(
             f"{path}: expected an SQLite ledger, found something else ({error});"
             " restore it, or remove the run folder and start over"

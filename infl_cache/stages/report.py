@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infl_cache.disk.durable import write_atomically
+from infl_cache.disk.durable import require_folder, write_atomically
 from infl_cache.disk.run import RunFolder
 from infl_cache.maths.samples import fetch
 from infl_cache.maths.task import Task
@@ -44,6 +44,8 @@ class Asked:
 
 def report(folder: RunFolder, task: Task | None = None) -> str:
     """The table as text; with a task whose samples are pictures, also `report/influence.png`."""
+    if task is not None:
+        require_folder((folder.path / PICTURE).parent)
     if has_matrix(folder):
         require_sound_matrix(folder)
     if task is not None:
