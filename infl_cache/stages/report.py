@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from infl_cache.stages.columns import stored_column
 from infl_cache.stages.layers import has_layers, stored_shares
 from infl_cache.stages.opening import as_stored, log
 from infl_cache.stages.rankings import has_matrix, stored_length, stored_rankings, strongest
+from infl_cache.stages.rendering import label_text, picture_of
 from infl_cache.stages.same import check_same_task
 from infl_cache.stages.tiles import matrix_tests, require_sound_matrix, sign_of
 
@@ -118,21 +118,6 @@ def table(
     return "\n".join(lines).rstrip()
 
 
-def label_text(value: float, classes: Any = None) -> str:
-    """A label or prediction for people.
-
-    >>> label_text(3.0), label_text(0.2512), label_text(1.0, ["cat", "dog"])
-    ('3', '0.251', 'dog')
-    """
-    if math.isnan(value):
-        return "-"
-    if value == int(value):
-        if classes is not None and 0 <= value < len(classes):
-            return str(classes[int(value)])
-        return str(int(value))
-    return f"{value:.3g}"
-
-
 def draw(path: Path, task: Task, asked: list[Asked], labels: NDArray[np.float64]) -> Path | None:
     """One PNG: each test sample, its most helpful and its most harmful training samples, values over them.
 
@@ -177,29 +162,3 @@ def show(axis: Any, picture: Any, title: str, colour: str) -> None:
     axis.set_yticks([])
     for spine in axis.spines.values():
         spine.set_color(colour)
-
-
-def picture_of(sample: Any) -> NDArray[Any] | None:
-    """A sample's input as (H, W) or (H, W, 3), if it looks like a picture; flat squares of 64 and more count.
-
-    >>> picture_of((np.zeros(64), 3)).shape, picture_of((np.zeros((3, 8, 9)), 3)).shape
-    ((8, 8), (8, 9, 3))
-    >>> picture_of((np.zeros(5), 3)) is None
-    True
-    """
-    first = sample[0] if isinstance(sample, (tuple, list)) and sample else sample
-    try:
-        picture = np.asarray(first, dtype=np.float64)
-    except (TypeError, ValueError):
-        return None
-    if picture.ndim == 3 and picture.shape[0] in (1, 3):
-        picture = picture.transpose(1, 2, 0)
-    if picture.ndim == 3 and picture.shape[2] == 1:
-        picture = picture[..., 0]
-    if picture.ndim == 1 and picture.size >= 64 and math.isqrt(picture.size) ** 2 == picture.size:
-        picture = picture.reshape(math.isqrt(picture.size), -1)
-    if picture.ndim not in (2, 3) or min(picture.shape[:2]) < 4 or (picture.ndim == 3 and picture.shape[2] != 3):
-        return None
-    low, high = picture.min(), picture.max()
-    scaled: NDArray[Any] = (picture - low) / (high - low if high > low else 1)
-    return scaled

@@ -17,7 +17,8 @@ from infl_cache.maths.samples import fetch
 from infl_cache.maths.task import Task
 from infl_cache.stages.columns import stored_column
 from infl_cache.stages.opening import Opened, as_stored, log
-from infl_cache.stages.report import label_text, picture_of, show
+from infl_cache.stages.rendering import label_text, picture_of
+from infl_cache.stages.report import show
 
 FILE, PICTURE = "self_influence.npz", "report/self_influence.png"
 # Arrays of the store beside the values, and their types.
