@@ -15,6 +15,9 @@ import google_crc32c
 from infl_cache.disk.direct import write_durably
 from infl_cache.errors import BadInput, DiskFull
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system calls a disk, or a user's part of it, that is full."""
+
 
 def sync_file(path: Path) -> None:
     """Return once the content of `path` is on the disk."""
@@ -51,10 +54,12 @@ def require_writable(path: Path) -> None:
 
 
 def require_folder(folder: Path) -> None:
-    """`BadInput` unless files can be written in a folder that is there, or it can be made where its parent is."""
-    place = folder if os.path.lexists(folder) else folder.parent
-    if place.exists() and not (place.is_dir() and os.access(place, os.W_OK)):
-        raise BadInput(f"{place}: expected a folder that can be written in, found none; make room for it, or remove it")
+    """`BadInput` unless files can be written in a folder that is there, or it can be made where it is missing."""
+    place = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    if not place.is_dir():
+        raise BadInput(f"{place}: expected a folder that can be written in, found a file; move it, or remove it")
+    if not os.access(place, os.W_OK):
+        raise BadInput(f"{place}: expected a folder that can be written in, found one that is read-only or another's")
 
 
 def crc32c_of_file(path: Path, piece: int = 1 << 22) -> int:
@@ -90,7 +95,7 @@ def disk_full_is_said(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "disk is full" not in str(error):
+        if getattr(error, "errno", None) not in DISK_FULL and "disk is full" not in str(error):
             raise
         free = shutil.disk_usage(folder if folder.exists() else os.curdir).free
         raise DiskFull(
