@@ -56,7 +56,7 @@ class RunFolder:
             except OSError as error:
                 if error.errno in DISK_FULL:
                     raise
-                raise BadInput(f"{self.path}: cannot be a run folder: {error.strerror}; choose another --run") from error
+                raise BadInput(f"{self.path}: cannot be a run folder: {error.strerror}; use another --run") from error
             refuse_links(self.path, None)
             with only_writer(self.path):
                 self.manifest = Manifest.read(self.path / "manifest.json")
