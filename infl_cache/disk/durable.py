@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from infl_cache.errors import BadInput, DiskFull
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system calls a disk, or a user's part of it, that is full."""
 
+MOST_SYNCS = 16
+
 
 def sync_file(path: Path) -> None:
     """Return once the content of `path` is on the disk."""
@@ -28,17 +31,24 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_folders(folders: Iterable[Path]) -> None:
-    """Return once the names in each folder are on the disk."""
-    for folder in sorted(set(folders)):
-        sync_file(folder)
+def sync_together(paths: Iterable[Path]) -> None:
+    """Return once the contents of all these files and the names in all these folders are on the disk.
+
+    In threads: a journal puts those that wait at the same time onto the disk by one commit.
+    """
+    different = sorted(set(paths))
+    if len(different) == 1:
+        sync_file(different[0])
+    elif different:
+        with ThreadPoolExecutor(min(len(different), MOST_SYNCS)) as pool:
+            list(pool.map(sync_file, different))
 
 
 def make_folders(folder: Path) -> None:
     """Make a folder and its parents; return once all the new names are on the disk."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    sync_folders(each.parent for each in missing)
+    sync_together(each.parent for each in missing)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
