@@ -159,6 +159,8 @@ def test_nobody_imports_the_package_root_but_for_its_version_in_the_options():
         ("jsonargparse", ("infl_cache.arguments", "infl_cache.__main__")),
         ("filelock", ("infl_cache.disk.lock",)),
         ("sqlite3", ("infl_cache.disk",)),
+        ("pyarrow", ("infl_cache.stages.export.parquet",)),
+        ("xarray", ("infl_cache.stages.export.named",)),
     ],
 )
 def test_a_foreign_library_has_one_door(library, doors):
