@@ -14,6 +14,7 @@ from infl_cache.pipeline import STAGES
 from infl_cache.stages.chosen import EFFECTS
 from infl_cache.stages.chosen import FORMATS as ID_FORMATS
 from infl_cache.stages.export import ALL, FORMATS
+from infl_cache.stages.figures.canvas import FORMATS as FIGURE_FORMATS
 from infl_cache.stages.plan import PlanOptions
 from infl_cache.stages.validate import ValidateOptions
 
@@ -55,6 +56,10 @@ EXAMPLES = {
   infl-cache export runs/cifar --format json --out influences.json
   infl-cache export runs/cifar --format csv --top-k 20
   infl-cache export runs/cifar --format parquet --top-k all --out influences.parquet
+""",
+    "report": """examples:
+  infl-cache report runs/cifar
+  infl-cache report runs/cifar --task task.py:cifar --figures svg
 """,
     "select": """examples:
   infl-cache select runs/cifar --effect harmful --k 50 --out harmful.txt
@@ -99,6 +104,8 @@ def _stage_parser(name: str) -> ArgumentParser:
     }
     for option, section, field in option_fields():
         _add_option(groups[section], option, get_type_hints(SECTIONS[section])[option], field)
+    if name == "run":
+        _add_figures(made)
     for field in dataclasses.fields(PlanOptions) if name == "plan" else ():
         _add_option(made, field.name, field.type, field)
     return made
@@ -164,8 +171,18 @@ def _reader_parser(name: str) -> ArgumentParser:
         )
         made.add_argument("--task", type=str | None, help=f"{why}: path/to/file.py:function")
         made.add_argument("--task-args", type=dict[str, Any] | None, help="arguments of the function")
+    if name == "report":
+        _add_figures(made)
     made.add_argument("--debug", action="store_true", help="show tracebacks")
     return made
+
+
+def _add_figures(made: ArgumentParser) -> None:
+    """Whether a report draws all that there is."""
+    made.add_argument(
+        "--figures", type=str | None,
+        help=f"draw all that the run has the numbers for into RUN/report/figures: one of {', '.join(FIGURE_FORMATS)}",
+    )  # fmt: skip
 
 
 def _add_choice(made: ArgumentParser) -> None:

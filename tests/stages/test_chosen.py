@@ -50,7 +50,7 @@ def test_without_a_matrix_the_rankings_answer_and_averages_do_not(tmp_path):
     assert [run.most_influential(4, "both", **each).ids.tolist() for each in asked] == before
     with pytest.raises(IncompleteStore, match="expected a matrix to average over chosen test samples"):
         run.most_influential(4, test=[0, 1])
-    with pytest.raises(BadInput, match="k: expected at most 4, .*found 5"):
+    with pytest.raises(BadInput, match=r"k: expected at most 4, .*found 5"):
         run.most_influential(5, "both", test=1)
 
 
