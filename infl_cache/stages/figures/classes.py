@@ -74,8 +74,8 @@ def class_means(folder: RunFolder, show: bool = True) -> ClassMeans:
 def draw_classes(found: ClassMeans, sign: int = 1, names: Any = None, axes: Axes | None = None) -> AnyFigure:
     """A heat map: blue where a class helps, red where it harms, white at zero."""
     rows, columns = found.means.shape
-    size = 0.42 * min(max(rows, columns, 6), 20)
-    figure, axes = one_axes(axes, size + 2.6, size + 1.6)
+    cell = min(0.42, 8.4 / max(rows, columns))
+    figure, axes = one_axes(axes, max(2.5, cell * columns) + 2.6, max(2.5, cell * rows) + 1.6)
     most = float(np.nanmax(np.abs(found.means), initial=0.0, where=np.isfinite(found.means))) or 1.0
     image = axes.imshow(found.means, cmap=DIVERGING[sign], vmin=-most, vmax=most, interpolation="nearest")
     axes.set_facecolor("0.8")  # no pair of these classes

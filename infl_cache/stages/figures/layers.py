@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +13,8 @@ if TYPE_CHECKING:
     from infl_cache.stages.figures.canvas import AnyFigure, Axes
 
 MOST = 25
+# Characters of a name that are shown: its end tells layers apart.
+WIDTH = 40
 
 
 def draw_layers(shares: LayerShares, k: int = MOST, axes: Axes | None = None) -> AnyFigure:
@@ -28,10 +29,11 @@ def draw_layers(shares: LayerShares, k: int = MOST, axes: Axes | None = None) ->
         if len(each):
             low, high = 100 * np.quantile(each, (0.25, 0.75))
             axes.plot((low, high), (place, place), color=LINE, linewidth=1.6, solid_capstyle="butt")
-    names = [textwrap.shorten(shares.names[layer] or MODEL, 40, placeholder="…") for layer in shown]
+    names = [shares.names[layer] or MODEL for layer in shown]
+    names = [name if len(name) <= WIDTH else "…" + name[1 - WIDTH :] for name in names]
     texts = [f"{name} ({shares.parameters[layer]:,})" for name, layer in zip(names, shown, strict=True)]
     axes.set_yticks(range(len(shown)), texts, fontsize=9)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.axvline(0, color=PALE, linewidth=0.8, zorder=0)
     axes.set_xlabel("share of all influences, % (line: the middle half of the test samples)")
     left = f", the {len(shown)} largest of {len(shares.names)}" if len(shown) < len(shares.names) else ""

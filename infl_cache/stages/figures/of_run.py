@@ -40,7 +40,7 @@ def neighbours_figure(
     """Test samples with their strongest training samples; those of largest loss where none are named."""
     asked = worst_test_samples(folder, WORST) if tests is None else with_neighbours(folder, tests, k)
     shown = None if task is None else as_stored(folder, task)
-    return draw_neighbours(shown, asked, stored_column(folder, "grads", "target"), figure)
+    return draw_neighbours(shown, asked, stored_column(folder, "grads", "target"), sign_of(folder), figure)
 
 
 def suspects_figure(folder: RunFolder, task: Task | None, k: int = DRAWN, figure: AnyFigure | None = None) -> AnyFigure:

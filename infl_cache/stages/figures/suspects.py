@@ -28,12 +28,12 @@ def draw_suspects(
     pictures = [picture_of(fetch(task.train, index, "train")) for index in top] if task is not None else [None]
     rows = -(-len(top) // ACROSS) if all(each is not None for each in pictures) else 0
     if figure is None:
-        figure = new_figure(9.6, 3.2 + 1.6 * rows)
+        figure = new_figure(9.6, 3.2 + 1.75 * rows)
     grid = figure.add_gridspec(1 + rows, ACROSS, height_ratios=[2.2, *[1] * rows])
     _histogram(figure.add_subplot(grid[0, :]), values, ids, len(top))
     classes = task.classes if task is not None else None
     for place, index in enumerate(top if rows else ()):
-        title = f"train {index}\n{label_text(labels[index], classes)}: {values[index]:.1e}"
+        title = f"train {index}\n{label_text(labels[index], classes)}\n{values[index]:.1e}"
         show(figure.add_subplot(grid[1 + place // ACROSS, place % ACROSS]), pictures[place], title, HARMFUL)
     return figure
 
