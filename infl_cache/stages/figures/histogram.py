@@ -65,8 +65,9 @@ def draw_histogram(found: Distribution, sign: int = 1, on: str = "", axes: Axes 
     left, right = (HELPFUL, HARMFUL) if sign > 0 else (HARMFUL, HELPFUL)
     colours = [left if edge < 0 else right for edge in found.edges[:-1]]
     axes.bar(found.edges[:-1], found.counts, np.diff(found.edges), align="edge", color=colours)
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=0.7)
+    if found.counts.any():
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.7)
     axes.axvline(0, color=LINE, linewidth=0.8)
     total = max(1, int(found.counts.sum()))
     words = {-1: ("harmful", "helpful"), 1: ("helpful", "harmful")}[sign]

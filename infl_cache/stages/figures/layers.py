@@ -21,7 +21,10 @@ def draw_layers(shares: LayerShares, k: int = MOST, axes: Axes | None = None) ->
     """The k layers of largest share in the model's order; a line over the middle half of the test samples."""
     largest = np.argsort(-np.abs(np.nan_to_num(shares.share_of_all)), kind="stable")[:k]
     shown = np.sort(largest)
-    figure, axes = one_axes(axes, 7.2, 1.4 + 0.3 * max(2, len(shown)))
+    names = [shares.names[layer] or MODEL for layer in shown]
+    names = [name if len(name) <= WIDTH else "…" + name[1 - WIDTH :] for name in names]
+    texts = [f"{name} ({shares.parameters[layer]:,})" for name, layer in zip(names, shown, strict=True)]
+    figure, axes = one_axes(axes, 5.6 + 0.07 * max(map(len, texts), default=0), 1.6 + 0.3 * max(2, len(shown)))
     whole = 100 * np.nan_to_num(shares.share_of_all[shown])
     axes.barh(range(len(shown)), whole, color=[HELPFUL if share >= 0 else HARMFUL for share in whole], height=0.7)
     for place, layer in enumerate(shown.tolist()):
@@ -29,14 +32,11 @@ def draw_layers(shares: LayerShares, k: int = MOST, axes: Axes | None = None) ->
         if len(each):
             low, high = 100 * np.quantile(each, (0.25, 0.75))
             axes.plot((low, high), (place, place), color=LINE, linewidth=1.6, solid_capstyle="butt")
-    names = [shares.names[layer] or MODEL for layer in shown]
-    names = [name if len(name) <= WIDTH else "…" + name[1 - WIDTH :] for name in names]
-    texts = [f"{name} ({shares.parameters[layer]:,})" for name, layer in zip(names, shown, strict=True)]
     axes.set_yticks(range(len(shown)), texts, fontsize=9)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.axvline(0, color=PALE, linewidth=0.8, zorder=0)
-    axes.set_xlabel("share of all influences, % (line: the middle half of the test samples)")
-    left = f", the {len(shown)} largest of {len(shares.names)}" if len(shown) < len(shares.names) else ""
+    axes.set_xlabel("share of all influences, %\n(line: the middle half of the test samples)")
+    left = f": {len(shown)} of {len(shares.names)}" if len(shown) < len(shares.names) else ""
     axes.set_title(f"Which layers (parameters) carry the effect{left}", fontsize=11)
     tidied(axes)
     return figure

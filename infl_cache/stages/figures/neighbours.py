@@ -35,7 +35,12 @@ def draw_neighbours(
 
 def are_pictures(task: Task, asked: Sequence[Asked]) -> bool:
     """Whether the test samples look like pictures."""
-    return all(picture_of(fetch(task.test, each.index, "test")) is not None for each in asked)
+    return all(picture_at(task, "test", each.index) is not None for each in asked)
+
+
+def picture_at(task: Task, name: str, index: int) -> NDArray[Any] | None:
+    """Sample `index` of the data set `name` as a picture; None if it looks like something else."""
+    return picture_of(fetch(getattr(task, name), index, name))
 
 
 def draw_pictures(
@@ -51,7 +56,7 @@ def draw_pictures(
     for (row,), each in zip(parts[0].subplots(len(asked), 1, squeeze=False), asked, strict=True):
         said = f"\nsaid {label_text(each.prediction, task.classes)}" if np.isfinite(each.prediction) else ""
         title = f"test {each.index}\n{label_text(each.label, task.classes)}{said}"
-        show(row, picture_of(fetch(task.test, each.index, "test")), title, "black")
+        show(row, picture_at(task, "test", each.index), title, "black")
     for part, (end, colour), width in zip(parts[1:], ends.items(), widths, strict=True):
         part.suptitle(f"most {end}: label and influence", fontsize=10, color=colour)
         for row, each in zip(part.subplots(len(asked), width, squeeze=False), asked, strict=True):
@@ -66,7 +71,7 @@ def _row_of_pictures(
         axes.axis("off")
     for axes, index, value in zip(row, ranking.ids.tolist(), ranking.values.tolist(), strict=False):
         title = f"train {index}\n{label_text(labels[index], task.classes)}\n{value:+.1e}"
-        show(axes, picture_of(fetch(task.train, index, "train")), title, colour)
+        show(axes, picture_at(task, "train", index), title, colour)
 
 
 def show(axes: Axes, picture: Any, title: str, colour: str) -> None:

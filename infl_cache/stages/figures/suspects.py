@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from infl_cache.maths.samples import fetch
 from infl_cache.maths.task import Task
 from infl_cache.stages.figures.canvas import HARMFUL, HELPFUL, new_figure, tidied
-from infl_cache.stages.figures.neighbours import show
-from infl_cache.stages.rendering import label_text, picture_of
+from infl_cache.stages.figures.neighbours import picture_at, show
+from infl_cache.stages.rendering import label_text
 
 if TYPE_CHECKING:
     from infl_cache.stages.figures.canvas import AnyFigure, Axes
@@ -25,7 +24,7 @@ def draw_suspects(
 ) -> AnyFigure:  # fmt: skip
     """All values (n_train,) as a histogram; of `ids`, sorted from the largest, the first k marked and shown."""
     top = ids[:k].tolist()
-    pictures = [picture_of(fetch(task.train, index, "train")) for index in top] if task is not None else [None]
+    pictures = [picture_at(task, "train", index) for index in top] if task is not None else [None]
     rows = -(-len(top) // ACROSS) if all(each is not None for each in pictures) else 0
     if figure is None:
         figure = new_figure(9.6, 3.2 + 1.75 * rows)
