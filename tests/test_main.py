@@ -319,7 +319,7 @@ def test_select_writes_ids_to_retrain_with_or_without(here, capsys):
         ("--k 20 --keep", "k: expected fewer than the 20 training samples with --keep, found 20"),
         ("--test 9", "expected indices of test samples, 0 to 4, found 9"),
         ("--test 0 --label 1", "test, label: expected one of them, found both"),
-        ("--label 8", "class: expected 0, 1, 2, found 8"),
+        ("--label 8", "class: expected 0, 1, found 8"),
         ("--self-influence --test 0", "self-influence: expected neither --effect, --test nor --label with it"),
         ("--format npy", "out: expected a file for the format 'npy', found none"),
         ("--out ids.csv", "out: expected a name that ends in .txt, .json, .npy, or --format, found 'ids.csv'"),

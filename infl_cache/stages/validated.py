@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infl_cache.config import short
+from infl_cache.disk.inside import refuse_links
 from infl_cache.disk.matrix import MatrixFile
 from infl_cache.disk.run import RunFolder
 from infl_cache.disk.sweep import VALIDATION
@@ -29,6 +30,7 @@ def stored_validation(folder: RunFolder, kind: str) -> Validation:
     if kind not in KINDS:
         raise BadInput(f"kind: expected one of {', '.join(KINDS)}, found {short(kind)}")
     path, remedy = folder.path / VALIDATION / f"{kind}.json", f"run infl-cache validate --kind {kind}"
+    refuse_links(folder.path, (VALIDATION,))
     if not path.is_file():
         raise IncompleteStore(f"{path}: expected a validation, found none; {remedy}")
     try:

@@ -54,5 +54,10 @@ def test_none_another_matrixs_and_damaged_ones_are_refused(run, tmp_path):
         with pytest.raises(DamagedStore, match=r"loo\.json: expected figures of a validation.*validate --kind loo"):
             stored_validation(folder, "loo")
     path.unlink()
+    (tmp_path / "theirs.json").write_text(kept)
+    path.symlink_to(tmp_path / "theirs.json")
+    with pytest.raises(DamagedStore, match="found a link, which is not followed"):
+        stored_validation(folder, "loo")
+    path.unlink()
     with pytest.raises(IncompleteStore, match="expected a validation, found none"):
         stored_validation(folder, "loo")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from infl_cache.config import short
 from infl_cache.disk.durable import remove, require_folder
+from infl_cache.disk.inside import refuse_links
 from infl_cache.disk.run import RunFolder
 from infl_cache.disk.sweep import VALIDATION
 from infl_cache.errors import BadInput, IncompleteStore
@@ -40,12 +41,16 @@ class Written:
 
 
 def require_figures(path: Path, kind: str) -> None:
-    """`BadInput`, before any work, unless figures of that kind can be drawn and written below a run folder."""
+    """`BadInput`, before any work, unless figures of that kind can be drawn and written below a run folder.
+
+    `DamagedStore` for a link in place of the folder or of a figure.
+    """
     if kind not in FORMATS:
         raise BadInput(f"figures: expected one of {', '.join(FORMATS)}, found {short(kind)}")
     require_installed()
     for folder in (path / FOLDER.parent, path / FOLDER):
         require_folder(folder)
+    refuse_links(path / FOLDER.parent, (FOLDER.name,))
 
 
 def write_figures(folder: RunFolder, task: Task | None, kind: str, show: bool = True) -> Written:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from infl_cache import BadInput, ForeignRun, Run
+from infl_cache import BadInput, DamagedStore, ForeignRun, Run
 from infl_cache.disk.run import RunFolder
 from infl_cache.stages.figures import writing
 from infl_cache.stages.figures.canvas import FORMATS
@@ -77,10 +77,20 @@ def test_refusals_come_before_any_work(run):
     assert (run.path / "report" / "figures").read_text() == "mine"
 
 
+@pytest.mark.parametrize("place", ["report/figures", "report/figures/classes.png"])
+def test_links_are_not_followed(run, place, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (run.path / place).parent.mkdir(parents=True)
+    (run.path / place).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DamagedStore, match=r"found a link, which is not followed"):
+        writing.write_figures(RunFolder(run.path), None, "png", show=False)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_a_damaged_matrix_is_not_drawn(run):
     with open(run.path / "influence.npy", "r+b") as file:
         file.seek(-4, 2)
         file.write(np.float32(1e3).tobytes())
-    with pytest.raises(Exception, match="are not what was committed"):
+    with pytest.raises(DamagedStore, match="are not what was committed"):
         writing.write_figures(RunFolder(run.path), None, "png", show=False)
     assert not (run.path / "report" / "figures").exists()
