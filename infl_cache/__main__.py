@@ -12,9 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import numpy as np
 from jsonargparse import Namespace
-from numpy.typing import NDArray
 
 from infl_cache.arguments import parser
 from infl_cache.config import read_config_file, short
@@ -26,13 +24,12 @@ from infl_cache.maths.load import load_task
 from infl_cache.maths.task import Task
 from infl_cache.pipeline import STAGES, Run
 from infl_cache.progress import human_bytes, human_seconds
-from infl_cache.stages import chosen
+from infl_cache.selecting import Choice, select
 from infl_cache.stages.export import export
 from infl_cache.stages.figures.writing import require_figures, write_figures
 from infl_cache.stages.opening import StageResult
 from infl_cache.stages.plan import PlanOptions
 from infl_cache.stages.report import report
-from infl_cache.stages.selection import count_of_tests, parse_tests
 from infl_cache.stages.status import status
 from infl_cache.stages.suspects import suspects_report
 from infl_cache.stages.validate import ValidateOptions
@@ -218,40 +215,8 @@ def _export(given: Namespace) -> None:
 
 
 def _select(given: Namespace) -> None:
-    out, kind = Path(given.out) if given.out else None, given.format
-    if out is None and kind not in (None, "txt"):
-        raise BadInput(f"out: expected a file for the format {short(kind)}, found none; --out FILE")
-    if out is not None:
-        kind = chosen.require_file(out, kind)
-    run = Run(given.run)
-    ids, what = _chosen(given, run)
-    n_train = int(run.folder.plan("grads")["n_rows"])
-    count = len(ids)
-    if given.keep:
-        ids, what = chosen.others(ids, n_train), f"all but the {count:,} {what}"
-        if not len(ids):
-            raise BadInput(f"k: expected fewer than the {n_train:,} training samples with --keep, found {given.k}")
-    if out is None:
-        print(chosen.as_lines(ids), end="")
-        return
-    chosen.write_ids(out, ids, kind)
-    print(f"{out}: {len(ids):,} of {n_train:,} training samples, {what if given.keep else f'the {what}'}")
-
-
-def _chosen(given: Namespace, run: Run) -> tuple[NDArray[np.int64], str]:
-    """The training samples that are asked for, and what they are in words."""
-    if given.self_influence:
-        if (given.effect, given.test, given.label) != (None, None, None):
-            raise BadInput("self-influence: expected neither --effect, --test nor --label with it, found one of them")
-        return run.suspects(given.k).ids, "of largest self-influence"
-    effect, test, over = given.effect or "harmful", None, "all test samples"
-    if given.test is not None:
-        tests = parse_tests(given.test, count_of_tests(run.folder))
-        test, over = tests if len(tests) > 1 else tests[0], f"test samples {given.test}"
-    if given.label is not None:
-        over = f"the test samples of class {given.label}"
-    words = "most influential" if effect == "both" else f"most {effect}"
-    return run.most_influential(given.k, effect, test, given.label).ids, f"{words} on {over}"
+    choice = Choice(**{field.name: given[field.name] for field in dataclasses.fields(Choice)})
+    print(select(Path(given.run), choice, Path(given.out) if given.out else None, given.format), end="")
 
 
 def _report(given: Namespace) -> None:
