@@ -45,9 +45,9 @@ def report(folder: RunFolder, task: Task | None = None) -> str:
     if has_layers(folder):
         text += f"\n\n{stored_shares(folder)}"
     if task is not None:
-        shown = task
+        drawn = task
         path = picture(
-            folder.path / PICTURE, lambda: draw_pictures(shown, asked, labels) if are_pictures(shown, asked) else None
+            folder.path / PICTURE, lambda: draw_pictures(drawn, asked, labels) if are_pictures(drawn, asked) else None
         )
         text += f"\n{path}" if path else ""
     return text
