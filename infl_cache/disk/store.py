@@ -201,7 +201,7 @@ def _lay_out(place: Path | zarr.storage.MemoryStore, layouts: Iterable[ArrayLayo
             filters=None,
             # One flat folder of chunk files an array: one folder to sync a block.
             chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=("sample", *(f"axis{i}" for i in range(1, len(layout.shape)))),
+            dimension_names=layout.axes or ("sample", *(f"axis{i}" for i in range(1, len(layout.shape)))),
             config={"write_empty_chunks": True},
             attributes=_attributes(layout),
         )
