@@ -12,6 +12,7 @@ from infl_cache import __version__
 from infl_cache.config import SECTIONS, Resources, option_fields
 from infl_cache.pipeline import STAGES
 from infl_cache.stages.export import FORMATS
+from infl_cache.stages.page.choosing import PageOptions
 from infl_cache.stages.plan import PlanOptions
 from infl_cache.stages.validate import ValidateOptions
 
@@ -19,14 +20,14 @@ HELP = {
     "grads": "stage 1: the gradient of every training sample into RUN/grad_z.zarr",
     "stest": "stage 2: s_test of the test samples (all, or those of --test) into RUN/s_test.zarr",
     "influence": "stage 3: the influence matrix RUN/influence.npy and the rankings",
-    "run": "the three stages in order, then a short report",
+    "run": "the three stages in order, then the report",
     "self-influence": "which training samples are probably mislabelled: needs stage 1 alone",
     "plan": "before anything runs: bytes, memory and time of each stage, and what other choices would cost",
     "status": "what is done, what is left, sizes, rates (also while a run is going on)",
     "verify": "compare the run folder with its ledger, every byte or a --sample; exit 4 if something is damaged",
     "validate": "is it true? retrains without chosen samples, beside what a finished run predicts; into RUN/validate",
     "export": "the finished matrix as json (structure of pytorch_influence_functions) or csv",
-    "report": "the most helpful and harmful training samples of some test samples, as a table and a picture",
+    "report": "what a finished run found: a table, and a page for the browser (RUN/report/index.html)",
 }
 EPILOG = """examples:
   infl-cache run --task scripts/digits.py:digits --run runs/digits
@@ -38,6 +39,7 @@ EPILOG = """examples:
   infl-cache status runs/cifar
   infl-cache verify runs/cifar --sample 5%
   infl-cache validate --task task.py:cifar --run runs/cifar --kind lds --subsets 100
+  infl-cache report runs/cifar --tests 0,5,100:120 --neighbours 12
   infl-cache export runs/cifar --format csv --out influence.csv
 
 A stage that was stopped is carried on by the same command. Negative influence = helpful.
@@ -128,11 +130,16 @@ def _reader_parser(name: str) -> ArgumentParser:
         made.add_argument("--json", type=str | None, help="a file for the report in JSON; - for stdout")
         made.add_argument("--repair", action="store_true", help="make again what is damaged, and nothing else")
     if name in ("report", "verify"):
-        why = (
-            "the task, to draw its samples" if name == "report" else "the task of --repair, if not that of RUN/run.yaml"
+        why = "the task whose samples are shown" if name == "report" else "the task of --repair"
+        made.add_argument(
+            "--task", type=str | None, help=f"{why}, if not that of RUN/run.yaml: path/to/file.py:function"
         )
-        made.add_argument("--task", type=str | None, help=f"{why}: path/to/file.py:function")
         made.add_argument("--task-args", type=dict[str, Any] | None, help="arguments of the function")
+    if name == "report":
+        made.add_argument("--page", action=ActionYesNo(no_prefix="no-"), default=True, help="write the page (default)")
+        for field in dataclasses.fields(PageOptions):
+            _add_option(made, field.name, get_type_hints(PageOptions)[field.name], field)
+        made.add_argument("--no-progress", action="store_true", help="no bars")
     made.add_argument("--debug", action="store_true", help="show tracebacks")
     return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 
 from infl_cache.disk.durable import require_folder, write_atomically
 from infl_cache.disk.run import RunFolder
-from infl_cache.maths.samples import fetch
 from infl_cache.maths.task import Task
 from infl_cache.stages import rank
 from infl_cache.stages.blocks import some
@@ -20,7 +20,7 @@ from infl_cache.stages.columns import stored_column
 from infl_cache.stages.layers import has_layers, stored_shares
 from infl_cache.stages.opening import as_stored, log
 from infl_cache.stages.rankings import has_matrix, stored_length, stored_rankings, strongest
-from infl_cache.stages.rendering import label_text, picture_of
+from infl_cache.stages.rendering import in_a_line, label_text, picture_at, shown
 from infl_cache.stages.same import check_same_task
 from infl_cache.stages.tiles import matrix_tests, require_sound_matrix, sign_of
 
@@ -54,7 +54,8 @@ def report(folder: RunFolder, task: Task | None = None) -> str:
     asked = worst_test_samples(folder, SHOWN)
     labels = stored_column(folder, "grads", "target")
     names = task.classes if task is not None else None
-    text = table(asked, labels, names, sign_of(folder), folder.plan("stest").get("measure", "loss"))
+    texts = {each.index: in_a_line(shown(task, "test", each.index)) for each in asked} if task is not None else {}
+    text = table(asked, labels, names, sign_of(folder), folder.plan("stest").get("measure", "loss"), texts)
     if line := most_harmful_line(folder, names):
         text += f"\n\n{line}"
     if has_layers(folder):
@@ -93,9 +94,10 @@ def most_harmful_line(folder: RunFolder, classes: Any = None) -> str:
 
 
 def table(
-    asked: list[Asked], labels: NDArray[np.float64], classes: Any = None, sign: int = 1, measure: str = "loss"
-) -> str:
-    """The strongest training samples of each test sample: id, label, influence."""
+    asked: list[Asked], labels: NDArray[np.float64], classes: Any = None, sign: int = 1, measure: str = "loss",
+    texts: Mapping[int, str] | None = None,
+) -> str:  # fmt: skip
+    """The strongest training samples of each test sample: id, label, influence; and what the test sample says."""
     words = "negative = helpful, positive = harmful" if sign > 0 else "positive = helpful, negative = harmful"
     what = "the test samples" if measure == "loss" else f"the measure ({measure}) of the test samples"
     lines = [f"Influence on {what} of largest loss; {words}.", ""]
@@ -104,6 +106,8 @@ def table(
             f"test sample {each.index}: label {label_text(each.label, classes)},"
             f" predicted {label_text(each.prediction, classes)}, loss {each.loss:.3g}"
         )
+        if texts and texts.get(each.index):
+            lines.append(f"    {texts[each.index]}")
         lines.append(
             f"    {'helpful':>8} {'label':>8} {'influence':>11}    {'harmful':>8} {'label':>8} {'influence':>11}"
         )
@@ -123,7 +127,7 @@ def draw(path: Path, task: Task, asked: list[Asked], labels: NDArray[np.float64]
 
     None where the samples are not pictures or matplotlib is not installed.
     """
-    pictures = {each.index: picture_of(fetch(task.test, each.index, "test")) for each in asked}
+    pictures = {each.index: picture_at(task, "test", each.index) for each in asked}
     if any(picture is None for picture in pictures.values()):
         return None
     try:
@@ -145,7 +149,7 @@ def draw(path: Path, task: Task, asked: list[Asked], labels: NDArray[np.float64]
                     continue
                 index = int(side.ids[k])
                 title = f"train {index}\n{label_text(labels[index], task.classes)}: {side.values[k]:+.1e}"
-                show(row[offset + k], picture_of(fetch(task.train, index, "train")), title, colour)
+                show(row[offset + k], picture_at(task, "train", index), title, colour)
     figure.suptitle("Test sample | most helpful (green) | most harmful (red): label and influence")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(temporary := path.with_suffix(".tmp.png"), dpi=110)

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from infl_cache.disk.durable import write_atomically
 from infl_cache.disk.layout import Block
 from infl_cache.disk.run import RunFolder
-from infl_cache.maths.samples import fetch
 from infl_cache.maths.task import Task
 from infl_cache.stages.columns import stored_column
 from infl_cache.stages.opening import Opened, as_stored, log
-from infl_cache.stages.rendering import label_text, picture_of
+from infl_cache.stages.rendering import label_text, picture_at
 from infl_cache.stages.report import show
 
 FILE, PICTURE = "self_influence.npz", "report/self_influence.png"
@@ -89,7 +88,7 @@ def draw(
         log.warning("no picture: matplotlib is not installed; pip install 'infl_cache[figures]'")
         return None
     top = ids[:DRAWN].tolist()
-    pictures = [picture_of(fetch(task.train, index, "train")) for index in top]
+    pictures = [picture_at(task, "train", index) for index in top]
     rows = -(-len(top) // ACROSS) if all(each is not None for each in pictures) else 0
     figure = Figure(figsize=(9.6, 3.2 + 1.6 * rows), layout="constrained")
     grid = figure.add_gridspec(1 + rows, ACROSS, height_ratios=[2.2, *[1] * rows])
