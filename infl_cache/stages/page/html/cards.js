@@ -1,6 +1,9 @@
 /* Samples: as a thumbnail in a list, as a card among neighbours, large on their own page. */
 
-function seen(kind, id, words) {
+/* Cells of a row that a card has room for. */
+const mostCells = 10;
+
+function seen(kind, id, words, most) {
   const sample = sampleOf(kind, id);
   if (!sample) return null;
   if (sample.png !== undefined) {
@@ -9,8 +12,9 @@ function seen(kind, id, words) {
       width: sample.size[0], height: sample.size[1] });
   }
   if (sample.cells) {
+    const cells = most && sample.cells.length > most ? sample.cells.slice(0, most).concat([["...", sample.cells.length - most + " more"]]) : sample.cells;
     return el("table", { class: "cells" }, el("tbody", {},
-      sample.cells.map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value)))));
+      cells.map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value)))));
   }
   return el("p", { class: "quote" }, sample.text);
 }
@@ -22,6 +26,12 @@ function thumb(kind, id) {
     return el("p", { class: "quote" }, sample.cells.slice(0, 8).map(([name, value]) => name + " " + value).join(", "));
   }
   return seen(kind, id, "");
+}
+
+/* The class of a list's cell that holds a thumbnail. */
+function thumbClass(kind) {
+  const first = data.samples && Object.values(data.samples[kind])[0];
+  return "seen thumb" + (first && first.png === undefined ? " words" : "");
 }
 
 function layoutOf(kind, ids) {
@@ -37,7 +47,7 @@ function cards(kind, pairs) {
     const bar = el("i", { class: endOf(value) });
     bar.style.width = (100 * Math.abs(value)) / most + "%";
     const inside = [
-      there && seen(kind, id, ""),
+      there && seen(kind, id, "", mostCells),
       el("p", {}, el("span", { class: "id" }, kind + " " + id), there ? ": " + labelText(there.label) : ", not in this page"),
       there && kind === "test" && isWrong(there) && el("p", { class: "wrong" }, "said " + labelText(there.said)),
       el("p", { class: endOf(value) }, signed(value)),

@@ -54,16 +54,18 @@ function heatMap(between) {
   const rows = between.train.length, columns = between.test.length;
   const most = Math.max(...between.mean.flat().map((value) => Math.abs(value || 0)), 1e-300);
   const names = between.train.map(labelText), longest = Math.max(...names.map((name) => name.length));
-  const left = Math.min(120, 14 + 7 * longest), top = 40;
-  const across = Math.max(4, Math.min(46, (roomFor(760) - left) / columns)), down = Math.max(8, Math.min(30, across));
-  const width = left + across * columns, height = top + down * rows + 4;
+  const left = Math.min(120, 14 + 7 * longest);
+  const across = Math.max(4, Math.min(46, (roomFor(760) - left - 50) / columns)), down = Math.max(8, Math.min(30, across));
+  const heads = between.test.map(labelText), widest = Math.max(...heads.map((name) => name.length));
+  const upright = 7 * widest <= across, top = upright ? 40 : 30 + Math.min(78, 5 * widest);
+  const width = left + across * columns + (upright ? 0 : 50), height = top + down * rows + 4;
   const chart = svg("svg", { width, height, role: "img", "aria-label": "Mean influence between classes; the numbers are in the table below" });
   const short = (name, most) => (name.length > most ? name.slice(0, Math.max(1, most - 1)) + "\u2026" : name);
   chart.append(svg("text", { x: left, y: 12, class: "muted" }, "class of the test sample \u2192"));
   between.test.forEach((label, column) => {
-    const room = Math.floor(across / 6.5), every = Math.ceil(20 / across);
-    if (column % every === 0) {
-      chart.append(svg("text", { x: left + across * (column + 0.5), y: top - 6, "text-anchor": "middle" }, short(labelText(label), Math.max(2, room))));
+    const x = left + across * (column + 0.5), slanted = { "text-anchor": "start", transform: "rotate(-45 " + x + " " + (top - 6) + ")" };
+    if (column % Math.ceil(14 / across) === 0) {
+      chart.append(svg("text", { x, y: top - 6, ...(upright ? { "text-anchor": "middle" } : slanted) }, short(heads[column], 14)));
     }
   });
   between.train.forEach((label, row) => {

@@ -37,7 +37,7 @@ function testsView() {
     const rows = testRows();
     const strongest = (end) => (test) => el("span", { class: end }, test[end].length ? signed(test[end][0][1]) : "-");
     const columns = [
-      data.samples && ["", "sample", "seen thumb", (test) => thumb("test", test.id)],
+      data.samples && ["", "sample", thumbClass("test"), (test) => thumb("test", test.id)],
       ["id", "id", null, (test) => el("a", { href: "#test-" + test.id, class: "row" }, test.id)],
       ["label", "label", labelled ? null : "number", (test) => labelText(test.label)],
       ["said", "predicted", labelled ? null : "number", (test) => el("span", { class: isWrong(test) ? "wrong" : null }, labelText(test.said), isWrong(test) ? " (wrong)" : "")],

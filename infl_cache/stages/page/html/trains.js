@@ -25,7 +25,7 @@ function trainsView() {
   const redraw = (focus) => {
     const rows = trainRows();
     const columns = [
-      data.samples && ["", "sample", "seen thumb", (train) => thumb("train", train.id)],
+      data.samples && ["", "sample", thumbClass("train"), (train) => thumb("train", train.id)],
       ["id", "id", null, (train) => el("a", { href: "#train-" + train.id, class: "row" }, train.id)],
       ["label", "label", classed(all.map((train) => train.label)) ? null : "number", (train) => labelText(train.label)],
       ["loss", "loss", "number", (train) => number(train.loss)],
