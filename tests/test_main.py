@@ -167,7 +167,7 @@ def test_a_full_disk_is_exit_code_5(here, capsys, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "sync_file", full)
+    monkeypatch.setattr(store, "sync_together", full)
     assert call("grads --task task.py:small --run runs/r") == 5
     assert "the disk is full" in capsys.readouterr().err
     monkeypatch.undo()
