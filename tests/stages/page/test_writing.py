@@ -207,7 +207,7 @@ def test_nor_of_another_file_that_is_damaged(copy, name):
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_read(copy, monkeypatch):
-    monkeypatch.setattr("infl_cache.stages.page.reported.report", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("infl_cache.pipeline.report", lambda *_: pytest.fail("read"))
     (copy.path / stage.PAGE).mkdir(parents=True)
     with pytest.raises(BadInput, match=r"index\.html: expected a file that can be written"):
         copy.report()
