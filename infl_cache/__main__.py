@@ -19,7 +19,7 @@ from infl_cache.config import read_config_file, short
 from infl_cache.disk.configuration import written_by_this_user
 from infl_cache.disk.durable import require_folder, require_writable, write_atomically
 from infl_cache.disk.run import RunFolder
-from infl_cache.errors import BadInput, DamagedStore, ForeignRun, InflCacheError, Interrupted
+from infl_cache.errors import BadInput, DamagedStore, InflCacheError, Interrupted
 from infl_cache.maths.load import load_task
 from infl_cache.maths.task import Task
 from infl_cache.pipeline import STAGES, Run
@@ -29,15 +29,15 @@ from infl_cache.stages.export import export
 from infl_cache.stages.figures.writing import require_figures, write_figures
 from infl_cache.stages.opening import StageResult, log
 from infl_cache.stages.page.choosing import PageOptions
-from infl_cache.stages.page.reported import reported
-from infl_cache.stages.page.writing import require_page
+from infl_cache.stages.page.writing import require_page, write_page
 from infl_cache.stages.plan import PlanOptions
 from infl_cache.stages.rendering import shown
-from infl_cache.stages.same import check_same_task
+from infl_cache.stages.report import report
 from infl_cache.stages.status import status
 from infl_cache.stages.suspects import suspects_report
 from infl_cache.stages.validate import ValidateOptions
 from infl_cache.stages.verify import Verdict, part_of, verify
+from infl_cache.trusted import own_task
 
 
 def entry() -> None:
@@ -116,9 +116,9 @@ def _run_stages(names: Sequence[str], given: Namespace) -> None:
         for each in (result, *beside):
             print(_result_line(each), flush=True)
     if list(names) == list(STAGES):
-        print("\n" + reported(RunFolder(run.path), run.task, PageOptions(), show=run.options.resources.progress))
-        if kind is not None:
-            print(f"\n{write_figures(RunFolder(run.path), run.task, kind, run.options.resources.progress)}")
+        folder, show = RunFolder(run.path), run.options.resources.progress
+        print()
+        _say(folder, run.task, PageOptions(), kind=kind, show=show)
     elif beside:
         print(f"\n{run.layer_shares()}")
 
@@ -230,37 +230,26 @@ def _report(given: Namespace) -> None:
     if given.page:
         own = {field.name: given[field.name] for field in dataclasses.fields(PageOptions)}
         page = PageOptions.resolve({name: value for name, value in own.items() if value is not None})
+        require_page(folder)
     if given.figures is not None:
         require_figures(folder.path, given.figures)
     named = load_task(given.task, given["task_args"] or {}) if given.task else None
-    task, note = (named, "") if named is not None else _task_of(folder)
+    task, note = (named, "") if named is not None else own_task(folder)
     if note:
         log.warning(note)
-    print(reported(folder, task, page, note, show=not given.no_progress))
-    if given.figures is not None:
-        print(f"\n{write_figures(folder, task, given.figures, not given.no_progress)}")
+    _say(folder, task, page, note, given.figures, not given.no_progress)
 
 
-def _task_of(folder: RunFolder) -> tuple[Task | None, str]:
-    """The task that a run's own run.yaml names, if this user wrote that file; else none, and why there is none."""
-    config, remedy = folder.path / "run.yaml", f"infl-cache report {shlex.quote(str(folder.path))} --task"
-    if not config.exists():
-        return None, f"No samples are shown: the run has no run.yaml that names its task; {remedy} FILE.py:FUNCTION"
-    named = read_config_file(config).get("task")
-    if not isinstance(named, str):
-        return None, f"No samples are shown: run.yaml names no task; {remedy} FILE.py:FUNCTION shows them"
-    if not written_by_this_user(config):
-        return None, (
-            f"No samples are shown: run.yaml names the code of the task ({short(named)}), but is not as you wrote it on"
-            f" this machine; if you trust it: {remedy} {shlex.quote(named)}"
-        )
-    try:
-        task = load_task(named, read_config_file(config).get("task_args") or {})
-        check_same_task(folder, task)
-    except (BadInput, ForeignRun) as error:
-        why = str(error).splitlines()[0]
-        return None, f"No samples are shown: the task of run.yaml cannot be used ({why}); {remedy} FILE.py:FUNCTION"
-    return task, ""
+def _say(
+    folder: RunFolder, task: Task | None, page: PageOptions | None, note: str = "", kind: str | None = None,
+    show: bool = True,
+) -> None:  # fmt: skip
+    """Print the report: its table first, the path of the page last."""
+    print(report(folder, task))
+    if kind is not None:
+        print(f"\n{write_figures(folder, task, kind, show)}")
+    if page is not None:
+        print(f"\n{write_page(folder, task, page, note, show)}")
 
 
 COMMANDS: dict[str, Callable[[Namespace], None]] = {

@@ -46,7 +46,7 @@ EPILOG = f"""examples:
   infl-cache status runs/cifar
   infl-cache verify runs/cifar --sample 5%
   infl-cache validate --task task.py:cifar --run runs/cifar --kind lds --subsets 100
-  infl-cache report runs/cifar --tests 0,5,100:120 --neighbours 12
+  infl-cache report runs/cifar
   infl-cache export runs/cifar --format csv --out influence.csv
   infl-cache select runs/cifar --effect harmful --k 50 --out harmful.txt
 
@@ -61,6 +61,7 @@ EXAMPLES = {
 """,
     "report": """examples:
   infl-cache report runs/cifar
+  infl-cache report runs/cifar --tests 0,5,100:120 --neighbours 12
   infl-cache report runs/cifar --task task.py:cifar --figures svg
 """,
     "select": """examples:

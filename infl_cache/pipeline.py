@@ -25,10 +25,10 @@ from infl_cache.stages.grads import grads
 from infl_cache.stages.influence import influence
 from infl_cache.stages.opening import Opened, StageResult, opened
 from infl_cache.stages.page.choosing import PageOptions
-from infl_cache.stages.page.reported import reported
-from infl_cache.stages.page.writing import PAGE
+from infl_cache.stages.page.writing import require_page, write_page
 from infl_cache.stages.plan import Plan, asked_of, plan
 from infl_cache.stages.repair import repaired
+from infl_cache.stages.report import report
 from infl_cache.stages.selection import count_of_tests, held_tests
 from infl_cache.stages.self_influence import begun_with, self_influence
 from infl_cache.stages.status import Status, status
@@ -199,10 +199,11 @@ class Run(Influences):
         Options as on the command line: `tests=[0, 5]`, `most_tests=200`, `neighbours=8`. Samples are shown by the
         task's `render`, or as they look; without a task they are left out.
         """
-        asked = PageOptions.resolve(options)
+        asked, folder = PageOptions.resolve(options), RunFolder(self.path)
+        require_page(folder)
+        report(folder, self.task)
         note = "" if self.task is not None else "No samples are shown: Run(path, task).report() shows them."
-        reported(RunFolder(self.path), self.task, asked, note, self.options.resources.progress)
-        return self.path / PAGE
+        return write_page(folder, self.task, asked, note, self.options.resources.progress)
 
     def _stage(self, name: str, force: Force) -> StageResult:
         if self.task is None:

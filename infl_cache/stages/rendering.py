@@ -57,7 +57,10 @@ def shown(task: Task, name: str, index: int) -> Shown:
 def picture_at(task: Task, name: str, index: int) -> NDArray[Any] | None:
     """A sample's picture, (H, W) or (H, W, 3) from 0 to 1; None if it is shown as something else."""
     found = shown(task, name, index)
-    return found / np.float64(255) if isinstance(found, np.ndarray) else None
+    if not isinstance(found, np.ndarray):
+        return None
+    exact = picture_of(fetch(getattr(task, name), index, name)) if task.render is None else None
+    return found / np.float64(255) if exact is None else exact
 
 
 def as_it_looks(sample: Any) -> Shown:

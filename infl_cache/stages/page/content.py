@@ -77,7 +77,8 @@ def of_tests(folder: RunFolder, have: Known, tests: Iterable[int], asked: PageOp
                 "id": test, "label": have.test["target"][test], "said": have.test["prediction"][test],
                 "loss": have.test["loss"][test], "residual": have.residual.get(test, (np.nan, True))[0],
                 "over": have.over(test),
-                "helpful": pairs(ranking("helpful", test, k)), "harmful": pairs(ranking("harmful", test, k)),
+                "helpful": pairs(ranking("helpful", test, k), -have.sign),
+                "harmful": pairs(ranking("harmful", test, k), have.sign),
             }  # fmt: skip
             if have.layers is not None:
                 entry["layers"] = have.layers.share[drawn_layers(have.layers), test]
@@ -94,12 +95,12 @@ def of_trains(have: Known, trains: Iterable[int]) -> dict[str, Any]:
             entry["mean"] = single(have.rankings["mean"][train])
         if have.self_influence is not None:
             entry["self"] = have.self_influence[train]
-        for name, end in (("helps", "helpful"), ("harms", "harmful")):
+        for name, end, sign in (("helps", "helpful", -have.sign), ("harms", "harmful", have.sign)):
             ids = have.rankings.get(f"train_{end}_ids")
             if ids is not None:
                 there = ids[train, :NAMED] >= 0
                 values = have.rankings[f"train_{end}_values"][train, :NAMED]
-                entry[name] = pairs(Ranking(ids[train, :NAMED][there], values[there]))
+                entry[name] = pairs(Ranking(ids[train, :NAMED][there], values[there]), sign)
         found[str(train)] = entry
     return found
 
@@ -133,9 +134,14 @@ def drawn_layers(shares: LayerShares) -> Ids:
     return np.sort(np.argsort(-size, kind="stable")[:MOST_LAYERS]).astype(np.int64)
 
 
-def pairs(ranking: Ranking) -> list[list[float]]:
-    """Ids and values one by one."""
-    return [[index, single(value)] for index, value in zip(ranking.ids.tolist(), ranking.values, strict=True)]
+def pairs(ranking: Ranking, sign: int) -> list[list[float]]:
+    """Ids and values one by one, those of that sign: a ranking that is longer than what helps goes on with what harms.
+
+    >>> pairs(Ranking(np.array([7, 2, 5]), np.array([-0.5, 0.0, 0.25], np.float32)), -1)
+    [[7, -0.5]]
+    """
+    both = zip(ranking.ids.tolist(), ranking.values, strict=True)
+    return [[index, single(value)] for index, value in both if sign * value > 0]
 
 
 def single(value: np.float32) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from infl_cache.disk.durable import make_folders, require_folder, require_writable, write_atomically
+from infl_cache.disk.inside import refuse_links
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput
 from infl_cache.maths.task import Task
@@ -25,9 +26,10 @@ SIDES = (128, 96, 64, 48, 32)
 
 
 def require_page(folder: RunFolder) -> None:
-    """`BadInput` unless the page could be written: said before the work."""
+    """`BadInput` unless the page could be written, `DamagedStore` for a link in its place: said before the work."""
     path = folder.path / PAGE
     require_folder(path.parent)
+    refuse_links(path.parent)
     if path.parent.exists():
         require_writable(path)
 

@@ -6,4 +6,4 @@ import pytest
 @pytest.fixture(autouse=True)
 def no_figure(monkeypatch):
     """The picture beside the page, which takes longer than it, is tested elsewhere."""
-    monkeypatch.setattr("infl_cache.stages.report.draw", lambda *_: None)
+    monkeypatch.setattr("infl_cache.stages.report.picture", lambda *_: None)

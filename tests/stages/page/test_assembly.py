@@ -15,7 +15,8 @@ from infl_cache.stages.page.assembly import FRAME, SCRIPTS, STYLE, as_json, asse
 from tests.scripts.running import ROOT
 
 HOSTILE = (
-    "</script><script>document.title='run'</script>", "<!--<script>", "]]>", "%SCRIPT% %DATA% %STYLE% %POLICY%",
+    "</script><script>document.title='run'</script>", "<!--<script>", "</script x", "</SCRIPT/", "<!--<script ", "]]>",
+    "%SCRIPT% %DATA% %STYLE% %POLICY%",
     '"\'`${1}\\', "\u2028\u2029\u202e\x00\x1b\x7f", "\ud800", "\U0001f600 \u00e9", "&lt;&#60;", "javascript:alert(1)",
 )  # fmt: skip
 

@@ -21,7 +21,8 @@ ALONE = (
 )  # fmt: skip
 HOSTILE = (
     "</script><script>window.ran = 1</script>", "<img src=x onerror='window.ran = 2'>", "<svg/onload=window.ran=3>",
-    "<!-- <script>", "\"'><b id=injected>", "javascript:window.ran=4", "\u2028\u202e %SCRIPT% \U0001f600",
+    "<!-- <script >", "</script a", "\"'><b id=injected>", "javascript:window.ran=4",
+    "\u2028\u202e %SCRIPT% \U0001f600",
 )  # fmt: skip
 N_TRAIN, N_TEST = 24, 12
 

@@ -42,8 +42,10 @@ def copy(full, tmp_path):
     return Run(tmp_path / "r", full.task, **QUIET)
 
 
-def as_pairs(ranking):
-    return [[int(i), np.float32(value)] for i, value in zip(ranking.ids, ranking.values, strict=True)]
+def as_pairs(ranking, end):
+    """Of a ranking what really helps, or harms."""
+    both = zip(ranking.ids, ranking.values, strict=True)
+    return [[int(i), np.float32(value)] for i, value in both if (value < 0) == end.startswith("help")]
 
 
 def test_numbers_are_those_of_the_run(full):
@@ -55,7 +57,7 @@ def test_numbers_are_those_of_the_run(full):
         row = matrix[test["id"]]
         for end in ("helpful", "harmful"):
             found = [[i, np.float32(value)] for i, value in test[end]]
-            assert found == as_pairs(getattr(full, end)(test["id"], 4))
+            assert found == as_pairs(getattr(full, end)(test["id"], 4), end)
             assert all(value == row[i] for i, value in found)
         assert test["label"] == int(full.task.test[test["id"]][1])
         assert test["layers"] == full.layer_shares().share[:, test["id"]].tolist()
@@ -66,7 +68,7 @@ def test_numbers_are_those_of_the_run(full):
         assert found["label"] == int(full.task.train[train][1])
         assert np.isclose(found["mean"], matrix[:, train].mean(), rtol=1e-5)
         for name in ("helps", "harms"):
-            assert [[i, np.float32(value)] for i, value in found[name]] == as_pairs(getattr(full, name)(train, 8))
+            assert [[i, np.float32(value)] for i, value in found[name]] == as_pairs(getattr(full, name)(train, 8), name)
     sizes = data["totals"]["sizes"]
     assert sum(sizes["negative"]) + sum(sizes["positive"]) + sizes["small"] == matrix.size
     assert sum(sizes["negative"]) >= (matrix < 0).sum() - sizes["small"] > 0
@@ -207,7 +209,7 @@ def test_nor_of_another_file_that_is_damaged(copy, name):
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_read(copy, monkeypatch):
-    monkeypatch.setattr("infl_cache.stages.page.reported.report", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("infl_cache.pipeline.report", lambda *_: pytest.fail("read"))
     (copy.path / stage.PAGE).mkdir(parents=True)
     with pytest.raises(BadInput, match=r"index\.html: expected a file that can be written"):
         copy.report()

@@ -10,17 +10,18 @@ function sizesChart(sizes) {
   const left = data.lower_helps ? sizes.negative : sizes.positive;
   const right = data.lower_helps ? sizes.positive : sizes.negative;
   const width = roomFor(760), height = 220, bottom = 46, top = 18;
-  const step = width / (2 * bins + 1), floor = height - bottom;
-  const most = Math.max(...left, ...right, sizes.small, 1), decades = Math.log10(1 + most);
+  const most = Math.max(...left, ...right, sizes.small, 1), floor = height - bottom;
+  const side = 8 + 7 * count(Math.pow(10, Math.floor(Math.log10(most)))).length, step = (width - side) / (2 * bins + 1);
+  const decades = Math.log10(1 + most);
   const tall = (value) => ((floor - top) * Math.log10(1 + value)) / decades;
   const chart = svg("svg", { width, height, role: "img", "aria-label": "Histogram of influences by size; the numbers are in the table below" });
   for (let power = 1; Math.pow(10, power) <= most; power += Math.ceil(decades / 4)) {
     const y = floor - tall(Math.pow(10, power));
-    chart.append(svg("line", { x1: 0, x2: width, y1: y, y2: y, class: "grid" }));
-    chart.append(svg("text", { x: 0, y: y - 3, class: "muted" }, count(Math.pow(10, power))));
+    chart.append(svg("line", { x1: side, x2: width, y1: y, y2: y, class: "grid" }));
+    chart.append(svg("text", { x: side - 6, y: y + 4, "text-anchor": "end", class: "muted" }, count(Math.pow(10, power))));
   }
   const bar = (place, value, kind, words) => {
-    chart.append(svg("rect", { x: place * step + 0.5, y: floor - tall(value), width: Math.max(1, step - 1), height: tall(value), class: kind },
+    chart.append(svg("rect", { x: side + place * step + 0.5, y: floor - tall(value), width: Math.max(1, step - 1), height: tall(value), class: kind },
       svg("title", {}, words + ": " + count(value))));
   };
   const range = (bin) => number(sizes.edges[bin], 2) + " to " + number(sizes.edges[bin + 1], 2);
@@ -29,17 +30,17 @@ function sizesChart(sizes) {
     bar(bins + 1 + bin, right[bin], "harmful", "harmful, " + range(bin));
   }
   bar(bins, sizes.small, "plain", "smaller or zero");
-  chart.append(svg("line", { x1: 0, x2: width, y1: floor + 0.5, y2: floor + 0.5, class: "axis" }));
-  const below = (x, text) => chart.append(svg("text", { x, y: floor + 16, "text-anchor": "middle" }, text));
+  chart.append(svg("line", { x1: side, x2: width, y1: floor + 0.5, y2: floor + 0.5, class: "axis" }));
+  const below = (x, text) => chart.append(svg("text", { x: side + x, y: floor + 16, "text-anchor": "middle" }, text));
   const every = Math.ceil(60 / step);
   for (let bin = every - 1; (bins - 1 - bin) * step > 20; bin += every) {
     below((bins + 2 + bin) * step, number(sizes.edges[bin + 1], 2));
     below((bins - 1 - bin) * step, number(sizes.edges[bin + 1], 2));
   }
   below((bins + 0.5) * step, "0");
-  chart.append(svg("text", { x: 0, y: height - 10, class: "helpful" }, "\u2190 helpful"));
+  chart.append(svg("text", { x: side, y: height - 10, class: "helpful" }, "\u2190 helpful"));
   chart.append(svg("text", { x: width, y: height - 10, "text-anchor": "end", class: "harmful" }, "harmful \u2192"));
-  chart.append(svg("text", { x: width / 2, y: height - 10, "text-anchor": "middle", class: "muted" }, "size of the influence"));
+  chart.append(svg("text", { x: side + (width - side) / 2, y: height - 10, "text-anchor": "middle", class: "muted" }, "size of the influence"));
   return chart;
 }
 

@@ -66,7 +66,7 @@ function stepTo(kind, rows, id) {
 function testView(test) {
   const words = labelText(test.label) + ", predicted " + labelText(test.said);
   const end = (kind) => el("section", { "aria-labelledby": kind }, el("h2", { id: kind, class: kind }, "Most " + kind),
-    test[kind].length ? cards("train", test[kind]) : el("p", {}, "None: the influences on this sample are not finite."));
+    test[kind].length ? cards("train", test[kind]) : el("p", {}, "None."));
   return [
     stepTo("test", testRows(), test.id),
     titled("Test sample " + test.id),
