@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import textwrap
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser
@@ -27,6 +28,13 @@ HELP = {
     "validate": "is it true? retrains without chosen samples, beside what a finished run predicts; into RUN/validate",
     "export": "the finished matrix as json (structure of pytorch_influence_functions) or csv",
     "report": "the most helpful and harmful training samples of some test samples, as a table and a picture",
+    "help": "the pages of the manual, or one of them",
+}
+GROUPS = {
+    "beforehand": ("plan",),
+    "compute; each goes on from what is there": ("run", "grads", "stest", "influence", "self-influence"),
+    "is it done, whole, true": ("status", "verify", "validate"),
+    "read": ("report", "export", "help"),
 }
 EPILOG = """examples:
   infl-cache run --task scripts/digits.py:digits --run runs/digits
@@ -39,6 +47,7 @@ EPILOG = """examples:
   infl-cache verify runs/cifar --sample 5%
   infl-cache validate --task task.py:cifar --run runs/cifar --kind lds --subsets 100
   infl-cache export runs/cifar --format csv --out influence.csv
+  infl-cache help solvers
 
 A stage that was stopped is carried on by the same command. Negative influence = helpful.
 exit codes: 0 done, 2 bad input, 3 the run belongs to another task or configuration, 4 corrupt or incomplete
@@ -49,19 +58,36 @@ def parser() -> ArgumentParser:
     """The whole command line."""
     top = ArgumentParser(
         prog="infl-cache",
+        usage="infl-cache [-h] [--version] COMMAND ...",
         description="Which training samples made my PyTorch model say this? Influence functions, cached on disk.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
         version=__version__,
     )
-    commands = top.add_subcommands(dest="command", metavar="COMMAND")
+    commands = top.add_subcommands(
+        dest="command", metavar="COMMAND", title="commands", description=_overview(), help=argparse.SUPPRESS
+    )
     for name in (*STAGES, "run", "self-influence", "plan"):
-        commands.add_subcommand(name, _stage_parser(name), help=HELP[name])
-    commands.add_subcommand("validate", _validate_parser(), help=HELP["validate"])
+        commands.add_subcommand(name, _stage_parser(name))
+    commands.add_subcommand("validate", _validate_parser())
     for name in ("status", "verify", "export", "report"):
-        commands.add_subcommand(name, _reader_parser(name), help=HELP[name])
+        commands.add_subcommand(name, _reader_parser(name))
+    commands.add_subcommand("help", _help_parser())
     return top
+
+
+def _overview() -> str:
+    """The commands by what they are for, a line each."""
+    grouped = [name for names in GROUPS.values() for name in names]
+    groups = {**GROUPS, "more": tuple(name for name in HELP if name not in grouped)}
+    lines = ["infl-cache COMMAND --help tells more of each."]
+    for title, names in groups.items():
+        lines += ["", f"{title}:"] * bool(names)
+        for name in names:
+            text = f"  {name:15s} {HELP[name]}"
+            lines += textwrap.wrap(text, 110, subsequent_indent=" " * 18, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def _stage_parser(name: str) -> ArgumentParser:
@@ -133,6 +159,13 @@ def _reader_parser(name: str) -> ArgumentParser:
         )
         made.add_argument("--task", type=str | None, help=f"{why}: path/to/file.py:function")
         made.add_argument("--task-args", type=dict[str, Any] | None, help="arguments of the function")
+    made.add_argument("--debug", action="store_true", help="show tracebacks")
+    return made
+
+
+def _help_parser() -> ArgumentParser:
+    made = _plain_parser("help", "[PAGE]")
+    made.add_argument("page", type=str | None, nargs="?", help="its name; without one, the list of pages")
     made.add_argument("--debug", action="store_true", help="show tracebacks")
     return made
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 class InflCacheError(Exception):
     """Base of all errors raised on purpose: one or two lines that say expected, found and remedy.
 
-    `exit_code` is what the command line returns for it (see README, "Exit codes").
+    `exit_code` is what the command line returns for it (see `infl-cache help errors`).
     """
 
     exit_code = 1
