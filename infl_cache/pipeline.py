@@ -63,13 +63,32 @@ class Run(Influences):
         >>> data = torch.utils.data.TensorDataset(x, y)
         >>> loss = torch.nn.CrossEntropyLoss(reduction="none")
         >>> task = Task(model=torch.nn.Linear(3, 2), train=data, test=data, loss=loss)
-        >>> run = Run(tempfile.mkdtemp() + "/run", task, damping=0.1, solver="exact")
-        >>> [result.stage for result in run.all()]
-        ['grads', 'stest', 'influence']
-        >>> run.scores().shape
-        (20, 20)
-        >>> bool(run.helpful(0, k=1).values[0] < 0)
+        >>> run = Run(tempfile.mkdtemp() + "/run", task, damping=0.1, solver="exact", by_layer=True, progress=False)
+        >>> run.plan(n_train=10**6).to_write > 1e6  # bytes; print(run.plan()) says all, and nothing is kept
         True
+        >>> run.grads().rows, run.stest().rows, run.influence().rows  # or run.all()
+        (20, 20, 20)
+        >>> [result.computed for result in run.all()]
+        [0, 0, 0]
+        >>> influence = -run.s_test(slice(None)) @ run.grad_z(slice(None)).T / 20
+        >>> bool(abs(run.scores() - influence).max() < 1e-6), run.tests.size
+        (True, 20)
+        >>> bool(run.helpful(0, k=1).values[0] < 0 < run.harmful(0, k=1).values[0])
+        True
+        >>> run.helps(3, k=2).ids.shape, run.harms(3, k=2).ids.shape  # test samples
+        ((2,), (2,))
+        >>> run.helpful_to_class(1, k=4).ids.shape, run.harmful_to_class(1, k=4).ids.shape
+        ((4,), (4,))
+        >>> bool(run.helpful_to_all(1).values[0] < run.harmful_to_all(1).values[0])
+        True
+        >>> {name: layer.shape for name, layer in run.by_layer().items()}, run.layer_shares().share_of_all.tolist()
+        ({'': (20, 20)}, [1.0])
+        >>> run.self_influence().rows, bool(run.suspects(2).values[0] >= run.suspects(2).values[1] > 0)
+        (20, True)
+        >>> run.validate(points=6).kind, run.verify().faults
+        ('loo', ())
+        >>> [stage.stage for stage in run.status().stages if stage.complete][:3]
+        ['grads', 'stest', 'influence']
     """
 
     def __init__(self, path: str | Path, task: Task | None = None, **options: Any) -> None:
