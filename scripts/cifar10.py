@@ -1,6 +1,6 @@
 """CIFAR-10 from its own files, and a small residual network with batch normalisation.
 
-infl-cache run --task scripts/cifar10.py:cifar10 --task-args.data FOLDER --run runs/cifar10 --solver pcg
+infl-cache run --task scripts/cifar10.py:cifar10 --task-args.data FOLDER --run runs/cifar10 --solver fisher
 """
 
 import torch
