@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from infl_cache.config import Options, option_fields, read_config_file, short
+from infl_cache.disk.configuration import written_by_this_user
 from infl_cache.disk.layout import Block, rows_by_block
 from infl_cache.disk.run import Force, RunFolder
 from infl_cache.errors import BadInput, IncompleteStore
@@ -214,12 +215,20 @@ class Run(Influences):
             raise BadInput("task: expected a Task to compute with, found none; Run(path, task)")
         stage = {**STAGES, "self_influence": self_influence}[name]
         options = begun_with(self.folder, self.options, self._given) if name == "self_influence" else self.options
-        self.folder.configuration = {**self.reference, "run": str(self.path), **options.flat()}
+        self.folder.configuration = {**self._named(force), "run": str(self.path), **options.flat()}
         with opened(self.folder, self.task, options) as run:
             result = stage(run, force)
             if name == "influence" and options.influence.by_layer:
                 return dataclasses.replace(result, beside=(by_layer(run),))
             return result
+
+    def _named(self, force: Force) -> dict[str, Any]:
+        """How the task is named in run.yaml: a task given in Python leaves the name that this user gave it there."""
+        kept = self.path / "run.yaml"
+        if self.reference["task"] is not None or force or not (kept.exists() and written_by_this_user(kept)):
+            return self.reference
+        stored = read_config_file(kept)
+        return {name: stored.get(name, default) for name, default in self.reference.items()}
 
     def _vectors(
         self, stage: str, wanted: list[int], read: Callable[[Block], NDArray[Any]], single: bool

@@ -113,7 +113,11 @@ def test_the_python_example_runs_and_finds_wrong_labels(tmp_path):
     assert done.returncode == 0, done.stderr
     found = int(re.search(r"(\d+) of 25 wrong labels", done.stdout)[1])
     assert found >= 10, "chance would find one"
-    assert len(code.splitlines()) < 45
+    lines = code.splitlines()
+    assert len(lines) < 45
+    first, last = (next(i for i, line in enumerate(lines) if line.startswith(each)) for each in ("task =", "run.all()"))
+    assert 1 + last - first + 1 == 9, "as the README says"
+    assert "nine of these lines are new" in README
 
 
 def test_the_examples_are_called_as_the_command_line_allows():
