@@ -17,6 +17,7 @@ from infl_cache.stages.plan import PlanOptions
 from infl_cache.stages.validate import ValidateOptions
 
 HELP = {
+    "help": "the pages of the manual, or one of them",
     "grads": "stage 1: the gradient of every training sample into RUN/grad_z.zarr",
     "stest": "stage 2: s_test of the test samples (all, or those of --test) into RUN/s_test.zarr",
     "influence": "stage 3: the influence matrix RUN/influence.npy and the rankings",
@@ -28,13 +29,6 @@ HELP = {
     "validate": "is it true? retrains without chosen samples, beside what a finished run predicts; into RUN/validate",
     "export": "the finished matrix as json (structure of pytorch_influence_functions) or csv",
     "report": "the most helpful and harmful training samples of some test samples, as a table and a picture",
-    "help": "the pages of the manual, or one of them",
-}
-GROUPS = {
-    "beforehand": ("plan",),
-    "compute; each goes on from what is there": ("run", "grads", "stest", "influence", "self-influence"),
-    "is it done, whole, true": ("status", "verify", "validate"),
-    "read": ("report", "export", "help"),
 }
 EPILOG = """examples:
   infl-cache run --task scripts/digits.py:digits --run runs/digits
@@ -52,6 +46,13 @@ EPILOG = """examples:
 A stage that was stopped is carried on by the same command. Negative influence = helpful.
 exit codes: 0 done, 2 bad input, 3 the run belongs to another task or configuration, 4 corrupt or incomplete
 store, 5 disk full, 6 locked by another process, 130/143 interrupted and resumable"""
+# The commands of the overview by what they are for.
+GROUPS = {
+    "beforehand": ("plan",),
+    "compute; each goes on from what is there": ("run", "grads", "stest", "influence", "self-influence"),
+    "is it done, whole, true": ("status", "verify", "validate"),
+    "read": ("report", "export", "help"),
+}
 
 
 def parser() -> ArgumentParser:
