@@ -46,7 +46,7 @@ report: $(STAMP) ## the strongest training samples of some test samples: a table
 validate: $(STAMP) ## is it true? retrain without chosen samples: ARGS='--kind lds --subsets 20'
 	$(BIN)/infl-cache validate --task $(TASK) --run $(RUN) $(ARGS)
 
-export: $(STAMP) ## the finished matrix as json or csv: ARGS='--format csv --out FILE'
+export: $(STAMP) ## the finished matrix as json, csv or parquet: ARGS='--format csv --out FILE'
 	$(BIN)/infl-cache export $(RUN) $(ARGS)
 
 test: $(STAMP) ## all tests, a part of the files on each core

@@ -25,7 +25,9 @@ from infl_cache.maths.task import Task
 from infl_cache.pages import page, page_list
 from infl_cache.pipeline import STAGES, Run
 from infl_cache.progress import human_bytes, human_seconds
+from infl_cache.selecting import Choice, select
 from infl_cache.stages.export import export
+from infl_cache.stages.figures.writing import require_figures, write_figures
 from infl_cache.stages.opening import StageResult
 from infl_cache.stages.plan import PlanOptions
 from infl_cache.stages.report import report
@@ -95,9 +97,12 @@ def _prepared(given: Namespace) -> tuple[Run, bool]:
 
 def _run_stages(names: Sequence[str], given: Namespace) -> None:
     """The named stages, a line for each as it ends; after all of them a short report."""
+    kind = given.pop("figures") if "figures" in given else None
     run, force = _prepared(given)
     if list(names) == list(STAGES):
         require_folder(run.path / "report")
+    if kind is not None:
+        require_figures(run.path, kind)
     # `run --force` starts everything over at once: no stage then finds another's older options in its way.
     results = run.all(force) if force and len(names) > 1 else (getattr(run, name)(force) for name in names)
     beside: tuple[StageResult, ...] = ()
@@ -107,6 +112,8 @@ def _run_stages(names: Sequence[str], given: Namespace) -> None:
             print(_result_line(each), flush=True)
     if list(names) == list(STAGES):
         print("\n" + report(RunFolder(run.path), run.task))
+        if kind is not None:
+            print(f"\n{write_figures(RunFolder(run.path), run.task, kind, run.options.resources.progress)}")
     elif beside:
         print(f"\n{run.layer_shares()}")
 
@@ -208,9 +215,18 @@ def _export(given: Namespace) -> None:
     print(export(RunFolder(Path(given.run)), given.format, out, given["top_k"]))
 
 
+def _select(given: Namespace) -> None:
+    choice = Choice(**{field.name: given[field.name] for field in dataclasses.fields(Choice)})
+    print(select(Path(given.run), choice, Path(given.out) if given.out else None, given.format), end="")
+
+
 def _report(given: Namespace) -> None:
     task: Task | None = load_task(given.task, given["task_args"] or {}) if given.task else None
+    if given.figures is not None:
+        require_figures(Path(given.run), given.figures)
     print(report(RunFolder(Path(given.run)), task))
+    if given.figures is not None:
+        print(f"\n{write_figures(RunFolder(Path(given.run)), task, given.figures)}")
 
 
 def _help(given: Namespace) -> None:
@@ -226,6 +242,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "status": _status,
     "verify": _verify,
     "export": _export,
+    "select": _select,
     "report": _report,
     "help": _help,
 }

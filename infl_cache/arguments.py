@@ -12,7 +12,10 @@ from jsonargparse import ActionYesNo, ArgumentParser
 from infl_cache import __version__
 from infl_cache.config import SECTIONS, Resources, option_fields
 from infl_cache.pipeline import STAGES
-from infl_cache.stages.export import FORMATS
+from infl_cache.stages.chosen import EFFECTS
+from infl_cache.stages.chosen import FORMATS as ID_FORMATS
+from infl_cache.stages.export import ALL, FORMATS
+from infl_cache.stages.figures.canvas import FORMATS as FIGURE_FORMATS
 from infl_cache.stages.plan import PlanOptions
 from infl_cache.stages.validate import ValidateOptions
 
@@ -27,10 +30,14 @@ HELP = {
     "status": "what is done, what is left, sizes, rates (also while a run is going on)",
     "verify": "compare the run folder with its ledger, every byte or a --sample; exit 4 if something is damaged",
     "validate": "is it true? retrains without chosen samples, beside what a finished run predicts; into RUN/validate",
-    "export": "the finished matrix as json (structure of pytorch_influence_functions) or csv",
+    "export": "the finished matrix as json (structure of pytorch_influence_functions), csv or parquet",
+    "select": "the most helpful or harmful training samples as a file of ids, to retrain with them or without",
     "report": "the most helpful and harmful training samples of some test samples, as a table and a picture",
 }
-EPILOG = """examples:
+NOTES = """A stage that was stopped is carried on by the same command. Negative influence = helpful.
+exit codes: 0 done, 2 bad input, 3 the run belongs to another task or configuration, 4 corrupt or incomplete
+store, 5 disk full, 6 locked by another process, 130/143 interrupted and resumable"""
+EPILOG = f"""examples:
   infl-cache run --task scripts/digits.py:digits --run runs/digits
   infl-cache grads --task task.py:cifar --run runs/cifar --device cuda --memory 8GB
   infl-cache stest --task task.py:cifar --run runs/cifar --damping 0.1 --force
@@ -41,17 +48,42 @@ EPILOG = """examples:
   infl-cache verify runs/cifar --sample 5%
   infl-cache validate --task task.py:cifar --run runs/cifar --kind lds --subsets 100
   infl-cache export runs/cifar --format csv --out influence.csv
+  infl-cache select runs/cifar --effect harmful --k 50 --out harmful.txt
   infl-cache help solvers
 
-A stage that was stopped is carried on by the same command. Negative influence = helpful.
-exit codes: 0 done, 2 bad input, 3 the run belongs to another task or configuration, 4 corrupt or incomplete
-store, 5 disk full, 6 locked by another process, 130/143 interrupted and resumable"""
+{NOTES}"""
+
 # The commands of the overview by what they are for.
 GROUPS = {
     "beforehand": ("plan",),
     "compute; each goes on from what is there": ("run", "grads", "stest", "influence", "self-influence"),
     "is it done, whole, true": ("status", "verify", "validate"),
-    "read": ("report", "export", "help"),
+    "read": ("report", "export", "select", "help"),
+}
+
+# What the help of a command ends with, before the rest.
+EXAMPLES = {
+    "export": """examples:
+  infl-cache export runs/cifar --format json --out influences.json
+  infl-cache export runs/cifar --format csv --top-k 20
+  infl-cache export runs/cifar --format parquet --top-k all --out influences.parquet
+""",
+    "report": """examples:
+  infl-cache report runs/cifar
+  infl-cache report runs/cifar --task task.py:cifar --figures svg
+""",
+    "select": """examples:
+  infl-cache select runs/cifar --effect harmful --k 50 --out harmful.txt
+  infl-cache select runs/cifar --effect harmful --k 50 --keep --out clean.npy
+  infl-cache select runs/cifar --effect helpful --label 3
+  infl-cache select runs/cifar --effect both --test 0,5:8 --format json --out strongest.json
+  infl-cache select runs/cifar --self-influence --k 100 --out suspects.txt
+
+Retrain with it:
+  ids = numpy.loadtxt("harmful.txt", dtype=int)
+  data = infl_cache.Run("runs/cifar", task).subset_without(ids)
+  # or, of what --keep wrote: torch.utils.data.Subset(train, numpy.load("clean.npy").tolist())
+""",
 }
 
 
@@ -72,7 +104,7 @@ def parser() -> ArgumentParser:
     for name in (*STAGES, "run", "self-influence", "plan"):
         commands.add_subcommand(name, _stage_parser(name))
     commands.add_subcommand("validate", _validate_parser())
-    for name in ("status", "verify", "export", "report"):
+    for name in ("status", "verify", "export", "select", "report"):
         commands.add_subcommand(name, _reader_parser(name))
     commands.add_subcommand("help", _help_parser())
     return top
@@ -100,6 +132,8 @@ def _stage_parser(name: str) -> ArgumentParser:
     }
     for option, section, field in option_fields():
         _add_option(groups[section], option, get_type_hints(SECTIONS[section])[option], field)
+    if name == "run":
+        _add_figures(made)
     for field in dataclasses.fields(PlanOptions) if name == "plan" else ():
         _add_option(made, field.name, field.type, field)
     return made
@@ -149,7 +183,12 @@ def _reader_parser(name: str) -> ArgumentParser:
     if name == "export":
         made.add_argument("--format", type=str, default="json", help=f"one of {', '.join(FORMATS)} (default: json)")
         made.add_argument("--out", type=str | None, help="the file to write (default: RUN/export/influence.FORMAT)")
-        made.add_argument("--top-k", type=int | None, help="length of the rankings (default: all in json, 100 in csv)")
+        made.add_argument(
+            "--top-k", type=int | str | None,
+            help=f"length of the rankings, or {ALL}, in parquet every pair (default: all in json, else 100)",
+        )  # fmt: skip
+    if name == "select":
+        _add_choice(made)
     if name == "verify":
         made.add_argument("--sample", type=str | None, help="read the contents of a random part only: 5%% or 0.05")
         made.add_argument("--json", type=str | None, help="a file for the report in JSON; - for stdout")
@@ -160,6 +199,8 @@ def _reader_parser(name: str) -> ArgumentParser:
         )
         made.add_argument("--task", type=str | None, help=f"{why}: path/to/file.py:function")
         made.add_argument("--task-args", type=dict[str, Any] | None, help="arguments of the function")
+    if name == "report":
+        _add_figures(made)
     made.add_argument("--debug", action="store_true", help="show tracebacks")
     return made
 
@@ -171,11 +212,33 @@ def _help_parser() -> ArgumentParser:
     return made
 
 
+def _add_figures(made: ArgumentParser) -> None:
+    """Whether a report draws all that there is."""
+    made.add_argument(
+        "--figures", type=str | None,
+        help=f"draw all that the run has the numbers for into RUN/report/figures: one of {', '.join(FIGURE_FORMATS)}",
+    )  # fmt: skip
+
+
+def _add_choice(made: ArgumentParser) -> None:
+    """Which training samples `select` takes, and where their ids go."""
+    made.add_argument(
+        "--effect", type=str | None, help=f"one of {', '.join(EFFECTS)}: the largest of either sign (default: harmful)"
+    )
+    made.add_argument("--k", type=int, default=50, help="how many (default: 50)")
+    made.add_argument("--test", type=str | None, help="on these test samples, as of stest (default: all, on average)")
+    made.add_argument("--label", type=int | None, help="on the test samples of this class, on average")
+    made.add_argument("--self-influence", action="store_true", help="those of largest self-influence: the suspects")
+    made.add_argument("--keep", action="store_true", help="write all training samples but these")
+    made.add_argument("--out", type=str | None, help="the file to write (default: ids on stdout, one a line)")
+    made.add_argument("--format", type=str | None, help=f"one of {', '.join(ID_FORMATS)} (default: as --out ends)")
+
+
 def _plain_parser(name: str, usage: str) -> ArgumentParser:
     return ArgumentParser(
         usage=f"infl-cache {name} {usage}",
         description=HELP[name],
-        epilog=EPILOG,
+        epilog=f"{EXAMPLES[name]}\n{NOTES}" if name in EXAMPLES else EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
     )

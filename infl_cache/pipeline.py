@@ -82,6 +82,10 @@ class Run(Influences):
         ((4,), (4,))
         >>> bool(run.helpful_to_all(1).values[0] < run.harmful_to_all(1).values[0])
         True
+        >>> run.most_influential(5, "harmful").ids.shape, len(run.subset_of([3, 8])), len(run.subset_without([3, 8]))
+        ((5,), 2, 18)
+        >>> run.to_xarray().sizes["train"]  # needs xarray
+        20
         >>> {name: layer.shape for name, layer in run.by_layer().items()}, run.layer_shares().share_of_all.tolist()
         ({'': (20, 20)}, [1.0])
         >>> run.self_influence().rows, bool(run.suspects(2).values[0] >= run.suspects(2).values[1] > 0)

@@ -302,6 +302,93 @@ def test_export_refuses_what_it_cannot_write(here, capsys, line, code):
     assert call(line) == code
 
 
+def test_select_writes_ids_to_retrain_with_or_without(here, capsys):
+    finished()
+    assert call("self-influence --task task.py:small --run runs/r") == 0
+    matrix = np.load("runs/r/influence.npy")
+    order, of_some = (
+        np.argsort(-rows.mean(0, dtype=np.float64), kind="stable") for rows in (matrix, matrix[[0, 3, 4]])
+    )
+    capsys.readouterr()
+    assert call("select runs/r --k 4") == 0
+    assert capsys.readouterr().out == "".join(f"{i}\n" for i in order[:4])
+    assert call("select runs/r --effect harmful --k 4 --out out/bad.txt") == 0
+    assert capsys.readouterr().out == "out/bad.txt: 4 of 20 training samples, the most harmful on all test samples\n"
+    assert np.loadtxt("out/bad.txt", dtype=int).tolist() == order[:4].tolist()
+    assert call("select runs/r --k 4 --keep --out good.npy") == 0
+    assert "16 of 20 training samples, all but the 4 most harmful" in capsys.readouterr().out
+    assert np.load("good.npy").tolist() == sorted(order[4:].tolist())
+    assert call("select runs/r --effect helpful --test 0,3:5 --k 2 --out some.json") == 0
+    assert json.loads(Path("some.json").read_text()) == of_some[::-1][:2].tolist()
+    assert call("select runs/r --self-influence --k 3 --out ids --format txt") == 0
+    suspects = np.load("runs/r/self_influence.npz", allow_pickle=False)["ids"][:3].tolist()
+    assert Path("ids").read_text().split() == [str(i) for i in suspects]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--effect odd", "effect: expected one of helpful, harmful, both, found 'odd'"),
+        ("--k 0", "k: expected at least 1, found 0"),
+        ("--k 20 --keep", "k: expected fewer than the 20 training samples with --keep, found 20"),
+        ("--test 9", "expected indices of test samples, 0 to 4, found 9"),
+        ("--test 0 --label 1", "test, label: expected one of them, found both"),
+        ("--label 8", "class: expected 0, 1, found 8"),
+        ("--self-influence --test 0", "self-influence: expected neither --effect, --test nor --label with it"),
+        ("--format npy", "out: expected a file for the format 'npy', found none"),
+        ("--out ids.csv", "out: expected a name that ends in .txt, .json, .npy, or --format, found 'ids.csv'"),
+        ("--out task.py/ids.txt", "expected a folder that can be written in"),
+    ],
+)
+def test_select_refuses_what_cannot_be_meant(chosen_from, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(chosen_from)
+    assert call(f"select runs/r {options}") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def chosen_from(tmp_path_factory):
+    """A folder with a finished run that is only read."""
+    path = tmp_path_factory.mktemp("chosen")
+    (path / "task.py").write_text(TASK)
+    line = f"run --task {path}/task.py:small --run {path}/runs/r --no-progress --damping 0.1"
+    assert call(line) == 0
+    return path
+
+
+def test_export_parquet_is_the_csv_table_of_what_does_help_or_harm(here):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    finished()
+    assert call("export runs/r --format csv --top-k 3 --out t.csv") == 0
+    assert call("export runs/r --format parquet --top-k 3 --out t.parquet") == 0
+    assert call("export runs/r --format parquet --top-k all") == 0
+    lines, found = pandas.read_csv("t.csv"), pandas.read_parquet("t.parquet")
+    lines = lines[(lines["influence"] < 0) == (lines["effect"] == "helpful")]
+    assert found.drop(columns=["influence", "loss_change_if_removed"]).astype({"effect": str}).values.tolist() == (
+        lines.drop(columns=["influence", "loss_change_if_removed"]).values.tolist()
+    )
+    assert len(pandas.read_parquet("runs/r/export/influence.parquet")) == 5 * 20
+    assert call("export runs/r --format parquet --top-k some") == 2
+
+
+def test_figures_of_run_and_report(here, capsys):
+    pytest.importorskip("matplotlib")
+    assert call("run --task task.py:small --run runs/new --figures gif") == 2
+    assert "figures: expected one of png, svg, found 'gif'" in capsys.readouterr().err
+    assert not Path("runs/new").exists()
+    finished("--figures svg")
+    out = capsys.readouterr().out
+    names = ("neighbours", "classes", "histogram")
+    assert all(f"runs/r/report/figures/{name}.svg" in out for name in names)
+    assert "not drawn: layers: " in out
+    assert call("report runs/r --figures png") == 0
+    assert {path.name for path in Path("runs/r/report/figures").iterdir()} == {
+        f"{name}.{kind}" for name in names for kind in ("png", "svg")
+    }
+    assert call("report runs/r --figures pdf") == 2
+
+
 def test_report_without_a_task_is_a_table_alone(here, capsys):
     finished()
     capsys.readouterr()
@@ -316,11 +403,14 @@ def test_debug_shows_the_traceback(here, capsys):
 
 
 def test_help_has_examples_for_every_command(capsys):
-    for command in ([], ["grads"], ["run"], ["status"], ["export"], ["report"], ["verify"]):
+    own = {"export": "infl-cache export runs", "select": "infl-cache select runs", "report": "infl-cache report runs"}
+    for command in ([], ["grads"], ["run"], ["status"], ["export"], ["select"], ["report"], ["verify"]):
         with pytest.raises(SystemExit) as stopped:
             main([*command, "--help"])
         assert stopped.value.code == 0
-        assert "infl-cache run --task" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert own.get("".join(command), "infl-cache run --task") in out
+        assert "exit codes: 0 done" in out
 
 
 def test_the_module_runs_as_a_program():

@@ -234,6 +234,7 @@ PLANS = {
     "step": lambda stages: stages["stest"]["plan"].update(samples=[[0, 3, 0]]),
     "shape": lambda stages: stages["grads"]["plan"]["arrays"][0].update(row_shape=[HUGE]),
     "chunk": lambda stages: stages["grads"]["plan"]["arrays"][0].update(chunk_rows=HUGE),
+    "axes": lambda stages: stages["grads"]["plan"]["arrays"][0].update(axes=[{"x": 1}, 2]),
     "chunk shape": lambda stages: stages["grads"]["plan"]["arrays"][0].update(chunk_row_shape=[HUGE, HUGE]),
     "objects": lambda stages: stages["grads"]["plan"]["arrays"][0].update(dtype="O"),
     "dtype": lambda stages: stages["grads"]["plan"]["arrays"][0].update(dtype="exec('x')"),
