@@ -16,6 +16,7 @@ from infl_cache.stages.chosen import EFFECTS
 from infl_cache.stages.chosen import FORMATS as ID_FORMATS
 from infl_cache.stages.export import ALL, FORMATS
 from infl_cache.stages.figures.canvas import FORMATS as FIGURE_FORMATS
+from infl_cache.stages.page.choosing import PageOptions
 from infl_cache.stages.plan import PlanOptions
 from infl_cache.stages.validate import ValidateOptions
 
@@ -24,7 +25,7 @@ HELP = {
     "grads": "stage 1: the gradient of every training sample into RUN/grad_z.zarr",
     "stest": "stage 2: s_test of the test samples (all, or those of --test) into RUN/s_test.zarr",
     "influence": "stage 3: the influence matrix RUN/influence.npy and the rankings",
-    "run": "the three stages in order, then a short report",
+    "run": "the three stages in order, then the report",
     "self-influence": "which training samples are probably mislabelled: needs stage 1 alone",
     "plan": "before anything runs: bytes, memory and time of each stage, and what other choices would cost",
     "status": "what is done, what is left, sizes, rates (also while a run is going on)",
@@ -32,7 +33,7 @@ HELP = {
     "validate": "is it true? retrains without chosen samples, beside what a finished run predicts; into RUN/validate",
     "export": "the finished matrix as json (structure of pytorch_influence_functions), csv or parquet",
     "select": "the most helpful or harmful training samples as a file of ids, to retrain with them or without",
-    "report": "the most helpful and harmful training samples of some test samples, as a table and a picture",
+    "report": "what a finished run found: a table, and a page for the browser (RUN/report/index.html)",
 }
 NOTES = """A stage that was stopped is carried on by the same command. Negative influence = helpful.
 exit codes: 0 done, 2 bad input, 3 the run belongs to another task or configuration, 4 corrupt or incomplete
@@ -47,6 +48,7 @@ EPILOG = f"""examples:
   infl-cache status runs/cifar
   infl-cache verify runs/cifar --sample 5%
   infl-cache validate --task task.py:cifar --run runs/cifar --kind lds --subsets 100
+  infl-cache report runs/cifar --tests 0,5,100:120 --neighbours 12
   infl-cache export runs/cifar --format csv --out influence.csv
   infl-cache select runs/cifar --effect harmful --k 50 --out harmful.txt
   infl-cache help solvers
@@ -194,13 +196,17 @@ def _reader_parser(name: str) -> ArgumentParser:
         made.add_argument("--json", type=str | None, help="a file for the report in JSON; - for stdout")
         made.add_argument("--repair", action="store_true", help="make again what is damaged, and nothing else")
     if name in ("report", "verify"):
-        why = (
-            "the task, to draw its samples" if name == "report" else "the task of --repair, if not that of RUN/run.yaml"
+        why = "the task whose samples are shown" if name == "report" else "the task of --repair"
+        made.add_argument(
+            "--task", type=str | None, help=f"{why}, if not that of RUN/run.yaml: path/to/file.py:function"
         )
-        made.add_argument("--task", type=str | None, help=f"{why}: path/to/file.py:function")
         made.add_argument("--task-args", type=dict[str, Any] | None, help="arguments of the function")
     if name == "report":
         _add_figures(made)
+        made.add_argument("--page", action=ActionYesNo(no_prefix="no-"), default=True, help="write the page (default)")
+        for field in dataclasses.fields(PageOptions):
+            _add_option(made, field.name, get_type_hints(PageOptions)[field.name], field)
+        made.add_argument("--no-progress", action="store_true", help="no bars")
     made.add_argument("--debug", action="store_true", help="show tracebacks")
     return made
 

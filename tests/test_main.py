@@ -1,6 +1,8 @@
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -389,12 +391,70 @@ def test_figures_of_run_and_report(here, capsys):
     assert call("report runs/r --figures pdf") == 2
 
 
-def test_report_without_a_task_is_a_table_alone(here, capsys):
+def test_a_report_without_the_page_is_a_table_alone(here, capsys):
     finished()
+    shutil.rmtree("runs/r/report")
     capsys.readouterr()
-    assert call("report runs/r") == 0
+    assert call("report runs/r --no-page --task task.py:small") == 0
     assert "negative = helpful" in capsys.readouterr().out
     assert not Path("runs/r/report").exists()
+
+
+def page_of(output):
+    """What is in the page whose path is the last line of the output."""
+    path = Path(output.rstrip().splitlines()[-1])
+    assert path == Path("runs/r/report/index.html")
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL)
+    return json.loads(text)
+
+
+def test_run_and_report_end_with_the_path_of_the_page(here, capsys):
+    finished()
+    assert len(page_of(capsys.readouterr().out)["samples"]["test"]) == 5
+    assert call("report runs/r --tests 1,3 --neighbours 2") == 0
+    found = page_of(capsys.readouterr().out)
+    assert [(each["id"], len(each["helpful"])) for each in found["tests"]] == [(1, 2), (3, 2)]
+    assert list(found["samples"]["test"]) == ["1", "3"]
+    assert call("report runs/r --tests 9") == 2
+    assert "expected indices of test samples, 0 to 4, found 9" in capsys.readouterr().err
+
+
+def test_a_report_takes_the_task_from_run_yaml_only_if_this_user_wrote_it(here, capsys, caplog):
+    finished()
+    Path("runs/r/run.yaml").write_text(Path("runs/r/run.yaml").read_text().replace("task.py", "evil.py"))
+    (here / "evil.py").write_text("open('ran', 'w').close()")
+    capsys.readouterr()
+    assert call("report runs/r") == 0
+    found = page_of(capsys.readouterr().out)
+    assert not Path("ran").exists()
+    assert found["samples"] is None
+    assert "evil.py" in found["notes"][0]
+    assert "is not as you wrote it on this machine; if you trust it: infl-cache report runs/r --task" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda: Path("task.py").unlink(), r"the task of run\.yaml cannot be used \(task: expected a Python file"),
+        (lambda: Path("task.py").write_text(TASK.replace("randn(25, 6)", "rand(25, 6)")), "expected the sample that"),
+        (lambda: Path("runs/r/run.yaml").unlink(), r"the run has no run\.yaml"),
+    ],
+)
+def test_a_task_of_run_yaml_that_cannot_be_used_is_a_note(here, capsys, caplog, change, words):
+    finished()
+    change()
+    capsys.readouterr()
+    assert call("report runs/r") == 0
+    assert page_of(capsys.readouterr().out)["samples"] is None
+    assert re.search(words, caplog.text)
+
+
+def test_a_render_that_cannot_be_used_is_said_before_any_work(here, capsys):
+    text = TASK.replace("loss=loss)", "loss=loss, render=lambda sample: sample)")
+    (here / "task.py").write_text(text)
+    assert call("run --task task.py:small --run runs/r --no-progress") == 2
+    assert "render, on test[0]: expected a picture (H, W)" in capsys.readouterr().err
+    assert not Path("runs/r").exists()
 
 
 def test_debug_shows_the_traceback(here, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from infl_cache.stages.figures.neighbours import are_pictures, draw_pictures
 from infl_cache.stages.layers import has_layers, stored_shares
 from infl_cache.stages.opening import as_stored
 from infl_cache.stages.rankings import has_matrix, stored_rankings
-from infl_cache.stages.rendering import label_text
+from infl_cache.stages.rendering import in_a_line, label_text, shown
 from infl_cache.stages.same import check_same_task
 from infl_cache.stages.tiles import require_sound_matrix, sign_of
 from infl_cache.stages.worst import NEIGHBOURS, Asked, worst_test_samples
@@ -39,7 +40,8 @@ def report(folder: RunFolder, task: Task | None = None) -> str:
     asked = worst_test_samples(folder, SHOWN)
     labels = stored_column(folder, "grads", "target")
     names = task.classes if task is not None else None
-    text = table(asked, labels, names, sign_of(folder), folder.plan("stest").get("measure", "loss"))
+    texts = {each.index: in_a_line(shown(task, "test", each.index)) for each in asked} if task is not None else {}
+    text = table(asked, labels, names, sign_of(folder), folder.plan("stest").get("measure", "loss"), texts)
     if line := most_harmful_line(folder, names):
         text += f"\n\n{line}"
     if has_layers(folder):
@@ -67,9 +69,10 @@ def most_harmful_line(folder: RunFolder, classes: Any = None) -> str:
 
 
 def table(
-    asked: list[Asked], labels: NDArray[np.float64], classes: Any = None, sign: int = 1, measure: str = "loss"
-) -> str:
-    """The strongest training samples of each test sample: id, label, influence."""
+    asked: list[Asked], labels: NDArray[np.float64], classes: Any = None, sign: int = 1, measure: str = "loss",
+    texts: Mapping[int, str] | None = None,
+) -> str:  # fmt: skip
+    """The strongest training samples of each test sample: id, label, influence; and what the test sample says."""
     words = "negative = helpful, positive = harmful" if sign > 0 else "positive = helpful, negative = harmful"
     what = "the test samples" if measure == "loss" else f"the measure ({measure}) of the test samples"
     lines = [f"Influence on {what} of largest loss; {words}.", ""]
@@ -78,6 +81,8 @@ def table(
             f"test sample {each.index}: label {label_text(each.label, classes)},"
             f" predicted {label_text(each.prediction, classes)}, loss {each.loss:.3g}"
         )
+        if texts and texts.get(each.index):
+            lines.append(f"    {texts[each.index]}")
         lines.append(
             f"    {'helpful':>8} {'label':>8} {'influence':>11}    {'harmful':>8} {'label':>8} {'influence':>11}"
         )

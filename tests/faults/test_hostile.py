@@ -68,6 +68,7 @@ def finished(tmp_path_factory):
     run.self_influence()
     (run.path / "report").mkdir()
     (run.path / "report" / "influence.png").write_bytes(b"a picture")
+    (run.path / "report" / "index.html").write_bytes(b"a page")
     return run.path
 
 
@@ -112,7 +113,7 @@ LINKED = (
     "manifest.json", "ledger.sqlite", "run.yaml", "influence.npy", "rankings.npz", "influence_by_layer.npy",
     "by_layer.npz", "self_influence.npz", "grad_z.zarr", "s_test.zarr", "self_influence.zarr", "report",
     "grad_z.zarr/zarr.json", "grad_z.zarr/loss", "grad_z.zarr/loss/c.0", "s_test.zarr/s_test/zarr.json",
-    "report/influence.png", ".lock", "influence.partial.npy", "ledger.sqlite-wal", "x.partial",
+    "report/influence.png", "report/index.html", ".lock", "influence.partial.npy", "ledger.sqlite-wal", "x.partial",
 )  # fmt: skip
 
 

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infl_cache.maths.samples import fetch
 from infl_cache.maths.task import Task
 from infl_cache.stages.figures.canvas import HARMFUL, HELPFUL, PALE, new_figure, tidied
 from infl_cache.stages.rank import Ranking
-from infl_cache.stages.rendering import label_text, picture_of
+from infl_cache.stages.rendering import label_text, picture_at
 from infl_cache.stages.worst import Asked
 
 if TYPE_CHECKING:
@@ -36,11 +35,6 @@ def draw_neighbours(
 def are_pictures(task: Task, asked: Sequence[Asked]) -> bool:
     """Whether the test samples look like pictures."""
     return all(picture_at(task, "test", each.index) is not None for each in asked)
-
-
-def picture_at(task: Task, name: str, index: int) -> NDArray[Any] | None:
-    """Sample `index` of the data set `name` as a picture; None if it looks like something else."""
-    return picture_of(fetch(getattr(task, name), index, name))
 
 
 def draw_pictures(

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from infl_cache.maths.task import Task
 from infl_cache.stages.figures.canvas import HARMFUL, HELPFUL, new_figure, tidied
-from infl_cache.stages.figures.neighbours import picture_at, show
-from infl_cache.stages.rendering import label_text
+from infl_cache.stages.figures.neighbours import show
+from infl_cache.stages.rendering import label_text, picture_at
 
 if TYPE_CHECKING:
     from infl_cache.stages.figures.canvas import AnyFigure, Axes
