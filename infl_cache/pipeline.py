@@ -95,8 +95,8 @@ class Run(Influences):
         (20, True)
         >>> run.validate(points=6).kind, run.verify().faults
         ('loo', ())
-        >>> [stage.stage for stage in run.status().stages if stage.complete][:3]
-        ['grads', 'stest', 'influence']
+        >>> [stage.stage for stage in run.status().stages if stage.complete][:3], run.report().name
+        (['grads', 'stest', 'influence'], 'index.html')
     """
 
     def __init__(self, path: str | Path, task: Task | None = None, **options: Any) -> None:

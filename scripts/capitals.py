@@ -15,8 +15,7 @@ from infl_cache import Task
 PLACES = "peru lima kenya nairobi japan tokyo cuba havana ghana accra nepal kathmandu chile santiago france paris"
 FACTS = list(zip(PLACES.split()[::2], PLACES.split()[1::2], strict=True))
 FRAMES = "the capital of {} is {}", "{} is governed from {}", "all flights to {} land in the city of {}"
-WORDS = ["", *sorted({*PLACES.split(), *" ".join(FRAMES).replace("{}", "").split()})]
-LENGTH = 10
+WORDS, LENGTH = ["", *sorted({*PLACES.split(), *" ".join(FRAMES).replace("{}", "").split()})], 10
 
 
 def capitals(epochs: int = 60) -> Task:
@@ -30,6 +29,7 @@ def capitals(epochs: int = 60) -> Task:
         loss=loss,
         forward=lambda model, batch: model(batch["input_ids"], batch["attention_mask"]).logits,
         targets=lambda batch: batch["labels"],
+        render=lambda sample: " ".join(WORDS[word] for word in sample["input_ids"]).strip(),
     )
 
 

@@ -19,13 +19,17 @@ N_TRAIN = 400
 
 def diabetes(width: int = 0) -> Task:
     """Least squares of the standardised data, or a network 10-`width`-1; the loss is half the squared error."""
-    inputs, ill = load_diabetes(return_X_y=True)
+    data = load_diabetes()
+    inputs, ill = data.data, data.target
     order = np.random.default_rng(0).permutation(len(ill))
     x = torch.tensor(inputs[order] / inputs.std(0), dtype=torch.float32)
     y = torch.tensor((ill[order] - ill.mean()) / ill.std(), dtype=torch.float32)
     train, test = TensorDataset(x[:N_TRAIN], y[:N_TRAIN]), TensorDataset(x[N_TRAIN:], y[N_TRAIN:])
     model = network(width, train) if width else line(x[:N_TRAIN].double(), y[:N_TRAIN].double())
-    return Task(model=model, train=train, test=test, loss=half_square)
+    return Task(
+        model=model, train=train, test=test, loss=half_square,
+        render=lambda sample: dict(zip(data.feature_names, sample[0].tolist(), strict=True)),
+    )  # fmt: skip
 
 
 def half_square(outputs: Tensor, targets: Tensor) -> Tensor:

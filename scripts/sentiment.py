@@ -29,8 +29,10 @@ def sentiment(epochs: int = 30) -> Task:
     y[turned()] = 1 - y[turned()]
     train, test = TensorDataset(x[:N_TRAIN], y[:N_TRAIN]), TensorDataset(x[N_TRAIN:], y[N_TRAIN:])
     model = trained(Reader, train, lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]), epochs)
-    loss = nn.CrossEntropyLoss(reduction="none")
-    return Task(model=model, train=train, test=test, loss=loss, classes=("blame", "praise"))
+    return Task(
+        model=model, train=train, test=test, loss=nn.CrossEntropyLoss(reduction="none"), classes=("blame", "praise"),
+        render=lambda sample: " ".join(WORDS[word] for word in sample[0]).strip(),
+    )  # fmt: skip
 
 
 def sentences(count: int) -> tuple[list[str], list[int]]:
@@ -51,9 +53,8 @@ class Reader(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(len(WORDS), 32)
+        self.embed, self.head = nn.Embedding(len(WORDS), 32), nn.Linear(32, 2)
         self.layer = nn.TransformerEncoderLayer(32, 4, dim_feedforward=64, dropout=0.0, batch_first=True)
-        self.head = nn.Linear(32, 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.layer(self.embed(tokens)).mean(1))

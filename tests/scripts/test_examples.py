@@ -63,13 +63,16 @@ def test_sentiment_finds_the_labels_that_were_turned(here):
     wrong = set(sentiment.turned())
     assert len(wrong) == 20
     assert len(suspects(run, 20) & wrong) >= 8, "chance would find one"
+    texts, _ = sentiment.sentences(500)
+    assert [task.render(task.train[i]) for i in range(5)] == texts[:5]
     with torch.no_grad():
         said = task.model(torch.stack([words for words, _ in task.test])).argmax(1)
     assert (said == torch.tensor([int(label) for _, label in task.test])).float().mean() > 0.8
 
 
 def test_diabetes_tells_what_leaving_a_patient_out_does(here):
-    run, _ = finished("diabetes", "--test 0:6 --solver exact --damping 1e-4")
+    run, task = finished("diabetes", "--test 0:6 --solver exact --damping 1e-4")
+    assert list(task.render(task.train[0]))[:3] == ["age", "sex", "bmi"]
     found = run.validate(test=[0, 3, 5], points=10)
     assert found.pearson > 0.99
     large = abs(found.actual) > 1e-4
@@ -84,7 +87,8 @@ def test_diabetes_has_a_network_too(here):
 
 
 def test_capitals_says_where_a_fact_was_read(here):
-    run, _ = finished("capitals")
+    run, task = finished("capitals")
+    assert task.render(task.test[0]) == "the capital of peru is lima"
     for k in range(8):
         assert run.helpful(k, k=1).ids[0] in (2 * k, 2 * k + 1)
     both = [set(run.helpful(k, k=2).ids.tolist()) == {2 * k, 2 * k + 1} for k in range(8)]
