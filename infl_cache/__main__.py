@@ -22,6 +22,7 @@ from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput, DamagedStore, InflCacheError, Interrupted
 from infl_cache.maths.load import load_task
 from infl_cache.maths.task import Task
+from infl_cache.pages import page, page_list
 from infl_cache.pipeline import STAGES, Run
 from infl_cache.progress import human_bytes, human_seconds
 from infl_cache.selecting import Choice, select
@@ -252,6 +253,10 @@ def _say(
         print(f"\n{write_page(folder, task, page, note, show)}")
 
 
+def _help(given: Namespace) -> None:
+    print(page(given.page) if given.page is not None else f"pages, each by infl-cache help PAGE:\n{page_list()}")
+
+
 COMMANDS: dict[str, Callable[[Namespace], None]] = {
     **{name: (lambda given, name=name: _run_stages([name], given)) for name in STAGES},  # type: ignore[misc]
     "run": lambda given: _run_stages(list(STAGES), given),
@@ -263,6 +268,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "export": _export,
     "select": _select,
     "report": _report,
+    "help": _help,
 }
 
 

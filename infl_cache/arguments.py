@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import textwrap
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser
@@ -20,6 +21,7 @@ from infl_cache.stages.plan import PlanOptions
 from infl_cache.stages.validate import ValidateOptions
 
 HELP = {
+    "help": "the pages of the manual, or one of them",
     "grads": "stage 1: the gradient of every training sample into RUN/grad_z.zarr",
     "stest": "stage 2: s_test of the test samples (all, or those of --test) into RUN/s_test.zarr",
     "influence": "stage 3: the influence matrix RUN/influence.npy and the rankings",
@@ -49,8 +51,17 @@ EPILOG = f"""examples:
   infl-cache report runs/cifar
   infl-cache export runs/cifar --format csv --out influence.csv
   infl-cache select runs/cifar --effect harmful --k 50 --out harmful.txt
+  infl-cache help solvers
 
 {NOTES}"""
+
+# The commands of the overview by what they are for.
+GROUPS = {
+    "beforehand": ("plan",),
+    "compute; each goes on from what is there": ("run", "grads", "stest", "influence", "self-influence"),
+    "is it done, whole, true": ("status", "verify", "validate"),
+    "read": ("report", "export", "select", "help"),
+}
 
 # What the help of a command ends with, before the rest.
 EXAMPLES = {
@@ -83,19 +94,36 @@ def parser() -> ArgumentParser:
     """The whole command line."""
     top = ArgumentParser(
         prog="infl-cache",
+        usage="infl-cache [-h] [--version] COMMAND ...",
         description="Which training samples made my PyTorch model say this? Influence functions, cached on disk.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
         version=__version__,
     )
-    commands = top.add_subcommands(dest="command", metavar="COMMAND")
+    commands = top.add_subcommands(
+        dest="command", metavar="COMMAND", title="commands", description=_overview(), help=argparse.SUPPRESS
+    )
     for name in (*STAGES, "run", "self-influence", "plan"):
-        commands.add_subcommand(name, _stage_parser(name), help=HELP[name])
-    commands.add_subcommand("validate", _validate_parser(), help=HELP["validate"])
+        commands.add_subcommand(name, _stage_parser(name))
+    commands.add_subcommand("validate", _validate_parser())
     for name in ("status", "verify", "export", "select", "report"):
-        commands.add_subcommand(name, _reader_parser(name), help=HELP[name])
+        commands.add_subcommand(name, _reader_parser(name))
+    commands.add_subcommand("help", _help_parser())
     return top
+
+
+def _overview() -> str:
+    """The commands by what they are for, a line each."""
+    grouped = [name for names in GROUPS.values() for name in names]
+    groups = {**GROUPS, "more": tuple(name for name in HELP if name not in grouped)}
+    lines = ["infl-cache COMMAND --help tells more of each."]
+    for title, names in groups.items():
+        lines += ["", f"{title}:"] * bool(names)
+        for name in names:
+            text = f"  {name:15s} {HELP[name]}"
+            lines += textwrap.wrap(text, 110, subsequent_indent=" " * 18, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def _stage_parser(name: str) -> ArgumentParser:
@@ -180,6 +208,13 @@ def _reader_parser(name: str) -> ArgumentParser:
         for field in dataclasses.fields(PageOptions):
             _add_option(made, field.name, get_type_hints(PageOptions)[field.name], field)
         made.add_argument("--no-progress", action="store_true", help="no bars")
+    made.add_argument("--debug", action="store_true", help="show tracebacks")
+    return made
+
+
+def _help_parser() -> ArgumentParser:
+    made = _plain_parser("help", "[PAGE]")
+    made.add_argument("page", type=str | None, nargs="?", help="its name; without one, the list of pages")
     made.add_argument("--debug", action="store_true", help="show tracebacks")
     return made
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from infl_cache.config import Options, option_fields, read_config_file, short
+from infl_cache.disk.configuration import written_by_this_user
 from infl_cache.disk.layout import Block, rows_by_block
 from infl_cache.disk.run import Force, RunFolder
 from infl_cache.errors import BadInput, IncompleteStore
@@ -66,13 +67,36 @@ class Run(Influences):
         >>> data = torch.utils.data.TensorDataset(x, y)
         >>> loss = torch.nn.CrossEntropyLoss(reduction="none")
         >>> task = Task(model=torch.nn.Linear(3, 2), train=data, test=data, loss=loss)
-        >>> run = Run(tempfile.mkdtemp() + "/run", task, damping=0.1, solver="exact")
-        >>> [result.stage for result in run.all()]
-        ['grads', 'stest', 'influence']
-        >>> run.scores().shape
-        (20, 20)
-        >>> bool(run.helpful(0, k=1).values[0] < 0)
+        >>> run = Run(tempfile.mkdtemp() + "/run", task, damping=0.1, solver="exact", by_layer=True, progress=False)
+        >>> run.plan(n_train=10**6).to_write > 1e6  # bytes; print(run.plan()) says all, and nothing is kept
         True
+        >>> run.grads().rows, run.stest().rows, run.influence().rows  # or run.all()
+        (20, 20, 20)
+        >>> [result.computed for result in run.all()]
+        [0, 0, 0]
+        >>> influence = -run.s_test(slice(None)) @ run.grad_z(slice(None)).T / 20
+        >>> bool(abs(run.scores() - influence).max() < 1e-6), run.tests.size
+        (True, 20)
+        >>> bool(run.helpful(0, k=1).values[0] < 0 < run.harmful(0, k=1).values[0])
+        True
+        >>> run.helps(3, k=2).ids.shape, run.harms(3, k=2).ids.shape  # test samples
+        ((2,), (2,))
+        >>> run.helpful_to_class(1, k=4).ids.shape, run.harmful_to_class(1, k=4).ids.shape
+        ((4,), (4,))
+        >>> bool(run.helpful_to_all(1).values[0] < run.harmful_to_all(1).values[0])
+        True
+        >>> run.most_influential(5, "harmful").ids.shape, len(run.subset_of([3, 8])), len(run.subset_without([3, 8]))
+        ((5,), 2, 18)
+        >>> run.to_xarray().sizes["train"]  # needs xarray
+        20
+        >>> {name: layer.shape for name, layer in run.by_layer().items()}, run.layer_shares().share_of_all.tolist()
+        ({'': (20, 20)}, [1.0])
+        >>> run.self_influence().rows, bool(run.suspects(2).values[0] >= run.suspects(2).values[1] > 0)
+        (20, True)
+        >>> run.validate(points=6).kind, run.verify().faults
+        ('loo', ())
+        >>> [stage.stage for stage in run.status().stages if stage.complete][:3], run.report().name
+        (['grads', 'stest', 'influence'], 'index.html')
     """
 
     def __init__(self, path: str | Path, task: Task | None = None, **options: Any) -> None:
@@ -210,12 +234,20 @@ class Run(Influences):
             raise BadInput("task: expected a Task to compute with, found none; Run(path, task)")
         stage = {**STAGES, "self_influence": self_influence}[name]
         options = begun_with(self.folder, self.options, self._given) if name == "self_influence" else self.options
-        self.folder.configuration = {**self.reference, "run": str(self.path), **options.flat()}
+        self.folder.configuration = {**self._named(force), "run": str(self.path), **options.flat()}
         with opened(self.folder, self.task, options) as run:
             result = stage(run, force)
             if name == "influence" and options.influence.by_layer:
                 return dataclasses.replace(result, beside=(by_layer(run),))
             return result
+
+    def _named(self, force: Force) -> dict[str, Any]:
+        """How the task is named in run.yaml: a task given in Python leaves the name that this user gave it there."""
+        kept = self.path / "run.yaml"
+        if self.reference["task"] is not None or force or not (kept.exists() and written_by_this_user(kept)):
+            return self.reference
+        stored = read_config_file(kept)
+        return {name: stored.get(name, default) for name, default in self.reference.items()}
 
     def _vectors(
         self, stage: str, wanted: list[int], read: Callable[[Block], NDArray[Any]], single: bool

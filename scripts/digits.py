@@ -22,8 +22,7 @@ def digits(width: int = 32, seed: int = 0) -> Task:
     """
     pictures, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(labels))
-    x = torch.tensor(pictures[order] / 16, dtype=torch.float32)
-    y = torch.tensor(labels[order], dtype=torch.int64)
+    x, y = torch.tensor(pictures[order] / 16, dtype=torch.float32), torch.tensor(labels[order], dtype=torch.int64)
 
     def retrain(keep: torch.Tensor) -> nn.Module:
         return train(x[:N_TRAIN], y[:N_TRAIN], width, seed, keep)
@@ -39,24 +38,19 @@ def digits(width: int = 32, seed: int = 0) -> Task:
 
 
 def train(x: torch.Tensor, y: torch.Tensor, width: int, seed: int, keep: torch.Tensor) -> nn.Module:
-    """LBFGS over the samples to keep, in float64 and one thread: the weights do not depend on how busy the machine is.
-
-    Their losses are divided by the number of all samples: a sample weighs the same whether another is there or not.
-    """
+    """LBFGS over the samples to keep, in float64 and one thread; their losses divided by the number of all samples."""
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    if width:
-        model = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, 10)).double()
-    else:
-        model = nn.Sequential(nn.Linear(x.shape[1], 10)).double()
+    hidden = [nn.Linear(x.shape[1], width), nn.ReLU()] if width else []
+    model = nn.Sequential(*hidden, nn.Linear(width or x.shape[1], 10)).double()
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=200 if width else 2000, line_search_fn="strong_wolfe")
     part, x, y = keep.double().mean(), x[keep].double(), y[keep]
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()
-        decay = sum(parameter.square().sum() for parameter in model.parameters())
-        loss = nn.functional.cross_entropy(model(x), y) * part + WEIGHT_DECAY / 2 * decay
+        decay = WEIGHT_DECAY / 2 * sum(parameter.square().sum() for parameter in model.parameters())
+        loss = nn.functional.cross_entropy(model(x), y) * part + decay
         loss.backward()
         return loss
 

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import itertools
-import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from image_files import Images, NoPictures, cifar10, mnist
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from infl_cache import Task
 
 EPOCHS, BATCH, WEIGHT_DECAY = 12, 100, 1e-3
-
-Images = tuple[NDArray[np.uint8], NDArray[np.uint8]]
-
-
-class NoPictures(Exception):
-    """There are none where they were looked for."""
 
 
 def cifar_of_jpegs(folder: Path, split: str, count: int) -> Images:
@@ -39,30 +31,9 @@ def cifar_of_jpegs(folder: Path, split: str, count: int) -> Images:
     return np.stack(images).transpose(0, 3, 1, 2), labels
 
 
-def cifar_of_batches(folder: Path, split: str, count: int) -> Images:
-    """The first images (count, 3, 32, 32) and labels of CIFAR-10's own files, which are pickles."""
-    file = folder / "cifar-10-batches-py" / ("data_batch_1" if split == "train" else "test_batch")
-    batch = pickle.loads(file.read_bytes(), encoding="bytes")
-    return batch[b"data"][:count].reshape(-1, 3, 32, 32), np.array(batch[b"labels"][:count], np.uint8)
-
-
-def mnist(folder: Path, split: str, count: int) -> Images:
-    """The first images (count, 1, 28, 28) and labels of MNIST; where there is no training set, of its test set.
-
-    The test images are then the last ones of that set.
-    """
-    files = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    train = (folder / files[0]).exists()
-    pair = files[:2] if split == "train" and train else files[2:]
-    images, labels = (np.frombuffer(gzip.decompress((folder / file).read_bytes()), np.uint8) for file in pair)
-    images, labels = images[16:].reshape(-1, 1, 28, 28), labels[8:]
-    part = slice(count) if split == "train" or train else slice(-count, None)
-    return images[part], labels[part]
-
-
 FORMATS: tuple[tuple[str, str, Callable[[Path, str, int], Images]], ...] = (
     ("CIFAR-10", "cifar10_jpeg.npz", cifar_of_jpegs),
-    ("CIFAR-10", "cifar-10-batches-py/data_batch_1", cifar_of_batches),
+    ("CIFAR-10", "cifar-10-batches-py/data_batch_1", cifar10),
     ("MNIST", "t10k-images-idx3-ubyte.gz", mnist),
 )
 

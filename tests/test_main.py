@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from infl_cache import Run, load_task
 from infl_cache.__main__ import main
 
 TASK = """
@@ -85,6 +86,19 @@ def test_run_yaml_runs_again_as_it_is(here, capsys):
     first = Path("runs/r/influence.npy").read_bytes()
     assert call("run --config runs/r/run.yaml --run runs/again") == 0
     assert Path("runs/again/influence.npy").read_bytes() == first
+
+
+def test_a_run_that_goes_on_in_python_still_runs_again_as_it_is(here, capsys):
+    finished("--task-args.width 5")
+    task = load_task("task.py:small", {"width": 5})
+    Run("runs/r", task, progress=False).self_influence()
+    stored = yaml.safe_load(Path("runs/r/run.yaml").read_text())
+    assert (stored["task"], stored["task_args"]) == (f"{here / 'task.py'}:small", {"width": 5})
+    capsys.readouterr()
+    assert call("run --config runs/r/run.yaml") == 0
+    assert capsys.readouterr().out.count("nothing left to do") == 3
+    Run("runs/r", task, progress=False).influence(force=True)
+    assert yaml.safe_load(Path("runs/r/run.yaml").read_text())["task"] is None
 
 
 def test_a_toml_file_serves_as_well_and_the_command_line_wins(here):

@@ -15,9 +15,21 @@ from infl_cache.maths.task import Task, blaming
 
 
 def load_task(reference: str, arguments: Mapping[str, Any] | None = None) -> Task:
-    """The task that `path/to/file.py:function` or `package.module:function` returns.
+    r"""The task that `path/to/file.py:function` or `package.module:function` returns, called with `arguments`.
 
     Raises `BadInput` if there is no such file or function, if it fails, or returns something else.
+
+    >>> import pathlib, tempfile
+    >>> file = pathlib.Path(tempfile.mkdtemp(), "mine.py")
+    >>> _ = file.write_text(
+    ...     "import torch\nfrom infl_cache import Task\n\n"
+    ...     "def line(n=3):\n"
+    ...     "    data = torch.utils.data.TensorDataset(torch.ones(n, 1), torch.ones(n, 1))\n"
+    ...     "    loss = lambda outputs, targets: (outputs - targets).square().sum(1)\n"
+    ...     "    return Task(model=torch.nn.Linear(1, 1), train=data, test=data, loss=loss)\n"
+    ... )
+    >>> len(load_task(f"{file}:line", {"n": 5}).train)
+    5
     """
     place, colon, name = str(reference).rpartition(":")
     if not colon or not name.isidentifier():

@@ -3,6 +3,11 @@ r"""What may be explained of a test sample instead of its loss: functions for `T
 `influence[j, i]` is then about :math:`f(z_j, \theta)`: negative where more weight on training sample i lowers it. A
 margin or a logit is good when it is high, so here **positive is helpful**, and the rankings of such a run know that.
 A measure of a task's own counts, as a loss does, as good when it is low.
+
+>>> from infl_cache import Task, measures
+>>> data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.zeros(8, dtype=torch.long))
+>>> loss = torch.nn.CrossEntropyLoss(reduction="none")
+>>> task = Task(model=torch.nn.Linear(3, 2), train=data, test=data, loss=loss, measure=measures.margin)
 """
 
 from __future__ import annotations

@@ -12,7 +12,12 @@ from numpy.typing import NDArray
 
 
 class Ranking(NamedTuple):
-    """Training ids (of a training sample: test ids) and the influence values, the strongest first."""
+    """Training ids (of a training sample: test ids) and the influence values, (k,) both, the strongest first.
+
+    >>> ids, values = Ranking(np.array([7, 2]), np.array([-0.5, -0.25], np.float32))
+    >>> ids.tolist(), values.tolist()
+    ([7, 2], [-0.5, -0.25])
+    """
 
     ids: NDArray[np.int64]
     values: NDArray[np.float32]

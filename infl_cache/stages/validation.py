@@ -43,6 +43,12 @@ class Validation:
     pairs together; for `lds` Pearson and Spearman are means over test samples, `spearman` is the linear datamodeling
     score (Ilyas et al. 2022, Park et al. 2023), `error` the standard error of that mean, and `slope` that of all pairs
     after each test sample's mean has been taken off. `by_test` has the figures of each test sample.
+
+    >>> changes, figures = np.array([[0.25, -0.5]]), Figures(1.0, 1.0, 1.0)
+    >>> removed = np.array([3]), np.array([8])
+    >>> found = Validation("loo", "lbfgs", "loss", (0,), (0.7,), removed, 20, changes, changes, figures, (figures,))
+    >>> print(f"{found.title}: {found.headline}")
+    leave-one-out: 2 training samples, one removed at a time: Pearson 1.0000, Spearman 1.0000, slope 1.000
     """
 
     kind: str

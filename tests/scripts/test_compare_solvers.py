@@ -61,8 +61,12 @@ def images_of(folder, count):
     """A small test set in MNIST's format; the images as they were written, and their labels."""
     images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), np.uint8)
     labels = (np.arange(count) % 10).astype(np.uint8)
-    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + images.tobytes()))
-    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes()))
+    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(
+        gzip.compress(bytes([0, 0, 8, 3]) + np.array(images.shape, ">i4").tobytes() + images.tobytes())
+    )
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(
+        gzip.compress(bytes([0, 0, 8, 1]) + np.array(labels.shape, ">i4").tobytes() + labels.tobytes())
+    )
     return images, labels
 
 

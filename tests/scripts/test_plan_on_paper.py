@@ -1,4 +1,4 @@
-"""The README's plans on paper are those that the script prints, and two of them are reckoned again by hand."""
+"""The manual's plans on paper are those that the script prints, and two of them are reckoned again by hand."""
 
 import importlib
 import re
@@ -68,12 +68,12 @@ def test_bytes_and_operations_of_a_sample_are_what_the_layers_shapes_say(job, by
     assert 1 / plan.grads.write_rate == pytest.approx((4 * kept + 24) / 7e9 + 4 * kept / 2e9)
 
 
-def test_the_table_in_the_readme_is_what_the_script_prints(script, capsys):
+def test_the_table_on_the_page_is_what_the_script_prints(script, capsys):
     script.main([])
     printed = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()[1:]]
     shown = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in (ROOT / "README.md").read_text().splitlines()
+        for line in (ROOT / "infl_cache/pages/plan.md").read_text().splitlines()
         if line.startswith(("| ResNet-110", "| ResNet-50", "| transformer, 512", "| the same, last"))
     ]
     assert shown == printed

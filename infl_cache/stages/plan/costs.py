@@ -14,8 +14,8 @@ from infl_cache.stages.solving import PRECONDITIONER_SAMPLES, VECTORS_A_SIDE
 from infl_cache.stages.spectrum import SPECTRUM_SAMPLES
 from infl_cache.stages.system import OUTPUTS_A_SIDE, ROWS_WORKING_SET
 
-# Products with the curvature that block cg takes for each of cg's, with a preconditioner: README, "How fast stage 2
-# is": 816 of 2,936 and 924 of 4,165.
+# Products with the curvature that block cg takes for each of cg's, with a preconditioner: scripts/README.md, "How fast
+# stage 2 is": 816 of 2,936 and 924 of 4,165.
 PCG_SHARE = 0.26
 # Products with one vector that a look at the spectrum takes.
 LOOKS = 24
