@@ -32,7 +32,8 @@ class LiSSA:
 
     `smallest` is the operator's smallest eigenvalue: at least `lambda + weight_decay` for ggn; estimated for the
     Hessian, and where that is not positive nothing is ever called converged.
-    `scale`, `depth`, `sample_batch` are estimated where they are None; `repeats` recursions are averaged.
+    `scale`, `depth`, `sample_batch` are estimated where they are None. Up to `repeats` recursions are averaged: no more
+    are begun once every row's average meets the tolerance.
     """
 
     tolerance: float = 0.02
@@ -66,26 +67,29 @@ class LiSSA:
         if self.scale is not None and definite:
             return self.scale, shift
         known = self.spectrum or spectrum_of(lambda v: operator(v) - shift * v, rhs.shape[1], rhs[:1])
-        # A third above the estimate: single batches curve more than the mean.
-        scale = 1.33 * (max(0.0, known.largest) + shift) + 1e-12 if self.scale is None else self.scale
+        scale = stable_scale(known, shift) if self.scale is None else self.scale
         return scale, shift if definite else min(0.0, known.smallest) + shift
 
     def _averaged(self, operator: Curvature, rhs: Tensor, scale: float, smallest: float, keeper: Keeper) -> Solution:
-        value, first, steps = torch.zeros_like(rhs), 0, 0
+        total, first, steps = torch.zeros_like(rhs), 0, 0
         kept = keeper.found()
+        kept = kept if kept is not None and "total" in kept else None  # older versions kept the mean
         if kept is not None:
-            value, (first, steps) = kept["mean"].to(rhs), kept["repeats"].tolist()
+            total, (first, steps) = kept["total"].to(rhs), kept["repeats"].tolist()
         for repeat in range(first, self.repeats):
-            outer = {"mean": value.clone(), "repeats": torch.tensor([repeat, steps])}
+            outer = {"total": total.clone(), "repeats": torch.tensor([repeat, steps])}
 
             def offer(now: Callable[[], State], outer: State = outer) -> None:
                 keeper.offer(lambda: {**outer, **now()})
 
             walk = _Walk(rhs, scale, self.seed + repeat, kept if repeat == first else None)
             self._recursion(operator, rhs, smallest, walk, offer)
-            value += walk.best / self.repeats
+            total += walk.best
             steps += walk.step
-        residual = relative_residual(operator, value, rhs)
+            value = total / (repeat + 1)
+            residual = relative_residual(operator, value, rhs)
+            if bool((self._bound(smallest, residual, value, rhs) <= self.tolerance).all()):
+                break
         converged = self._bound(smallest, residual, value, rhs) <= self.tolerance
         reasons = tuple(
             "" if ok else "not finite" if not math.isfinite(r) else self._reason(r, smallest)
@@ -159,9 +163,26 @@ class LiSSA:
         """Steps until the slowest direction, which shrinks by `1 - smallest/scale`, is below the tolerance."""
         if self.depth is not None:
             return self.depth
-        if smallest <= 0:
-            return NO_DAMPING_DEPTH if smallest == 0 else HOPELESS_DEPTH
-        return 100 + math.ceil(2 * scale / smallest * math.log(10 / min(self.tolerance, 1.0)))
+        return steps_needed(scale, smallest, self.tolerance)
+
+
+def stable_scale(spectrum: Spectrum, shift: float) -> float:
+    """A scale at which the recursion does not diverge: a third above the largest eigenvalue of `C + shift I`.
+
+    A third, for single batches curve more than the mean.
+    """
+    return 1.33 * (max(0.0, spectrum.largest) + shift) + 1e-12
+
+
+def steps_needed(scale: float, smallest: float, tolerance: float) -> int:
+    """Steps after which the slowest direction, which shrinks by `1 - smallest/scale` each, is surely below `tolerance`.
+
+    >>> steps_needed(2.0, 0.1, 0.02)
+    349
+    """
+    if smallest <= 0:
+        return NO_DAMPING_DEPTH if smallest == 0 else HOPELESS_DEPTH
+    return 100 + math.ceil(2 * scale / smallest * math.log(10 / min(tolerance, 1.0)))
 
 
 class _Walk:
