@@ -31,8 +31,12 @@ DECIDED = {
 # Keys that decide no number: where, with how much, and what is shown.
 ELSEWHERE = (
     "gpu", "outdir", "save_pth", "log_filename", "json_filename", "display_progress", "calc_method", "batch_size",
-    "dataset", "force", "test_sample_start_per_class", "test_sample_num", "test_sample_ids", "num_classes",
+    "dataset", "force", "at_once", "test_sample_start_per_class", "test_sample_num", "test_sample_ids", "num_classes",
 )  # fmt: skip
+
+
+# Batches of a loader smaller than this are no hint at how many fit: the old package's examples had 1 to 4.
+SMALL_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,12 @@ class Config:
     )
     curvature: Literal["auto", "ggn", "hessian", "fisher"] = option("auto", "auto: Gauss-Newton; hessian: exact")
     tolerance: float | None = option(None, "error of s_test; None: 0.02 of LiSSA, a residual of 1e-4 of others", 0.0)
-    at_once: int | None = option(None, "test samples solved together; None: one by LiSSA, what fits by others", 1)
+    at_once: int | None = option(
+        None, "test samples solved together; None: as many as fit. Decides no result but by rounding", 1
+    )
     batch_size: int | Literal["loader", "auto"] = option(
         "loader",
-        "samples in one forward and backward; loader: that of the loader; auto: from memory. Decides no result",
+        "samples a forward and backward; loader: its own, if 16 or more; auto: from memory. Decides no result",
         1,
     )
     freeze_augmentation: bool = option(False, "draw each sample of data that change by the same seed each time")
@@ -148,11 +154,9 @@ class Config:
         sampled = (
             {"scale": self.scale, "depth": self.recursion_depth, "repeats": self.r} if self.solver == "lissa" else {}
         )
-        size = (
-            {"loader": loader_batch, "auto": None}[self.batch_size]
-            if isinstance(self.batch_size, str)
-            else self.batch_size
-        )
+        size = self.batch_size if isinstance(self.batch_size, int) else None
+        if self.batch_size == "loader" and loader_batch is not None and loader_batch >= SMALL_BATCH:
+            size = loader_batch
         return {
             **self.options,
             **sampled,
@@ -163,7 +167,7 @@ class Config:
             "seed": self.seed,
             "device": "cpu" if self.gpu == -1 else f"cuda:{self.gpu}",
             "batch_size": size,
-            "test_block_rows": self.at_once or (1 if self.solver == "lissa" else None),
+            "test_block_rows": self.at_once,
             "progress": self.display_progress,
             "freeze_augmentation": self.freeze_augmentation,
         }

@@ -278,6 +278,20 @@ def test_sides_at_once_equal_one_by_one_for_fixed_options():
     assert relative_error(together.value, torch.cat(alone)) < 1e-12
 
 
+def test_each_row_goes_the_way_it_goes_alone():
+    # More samples than a batch, and rows of different difficulty: they end, and are repeated, at different steps.
+    task = logistic(n_train=200)
+    rhs = gradient_rows(task, range(4), data="test")
+    with operator_of(task, damping=0.1, size=256) as operator:
+        rhs[2] = operator(rhs[2:3])[0]
+        options = LiSSA(tolerance=0.01, depth=40, repeats=2, scale=1.5)
+        together = solve(operator, rhs, options)
+        alone = [solve(operator, rhs[k : k + 1], options) for k in range(4)]
+    assert len(set(together.iterations.tolist())) > 1
+    assert together.iterations.tolist() == [int(each.iterations) for each in alone]
+    assert relative_error(together.value, torch.cat([each.value for each in alone])) < 1e-10
+
+
 def test_the_scale_is_estimated_once_for_all_blocks(monkeypatch):
     calls = []
 
