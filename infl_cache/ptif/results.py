@@ -27,7 +27,7 @@ def results_of(run: Run, tests: Sequence[int]) -> Outcome:
     matrix = run.scores()
     folder = run.folder
     sign, labels, seconds = sign_of(folder), stored_column(folder, "stest", "target"), _seconds(folder)
-    found = {str(j): entry_of(j, np.array(matrix[j]), labels[j], seconds[j], None, sign) for j in sorted(tests)}
+    found = {str(j): entry_of(j, np.array(matrix[j]), labels[j], float(seconds[j]), None, sign) for j in sorted(tests)}
     return (found, *overall(found, sign))
 
 

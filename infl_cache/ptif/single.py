@@ -31,7 +31,6 @@ from infl_cache.ptif.config import Config
 from infl_cache.ptif.loaders import Loss, batch_of, class_loss, task_of
 from infl_cache.ptif.readjust import adjusted, saved_steps
 from infl_cache.stages import rank
-from infl_cache.stages.blocks import batch_size
 from infl_cache.stages.grads import CHECKED_SAMPLES, rows_at_once
 from infl_cache.stages.opening import Opened, looked_at
 from infl_cache.stages.spectrum import chosen_damping, estimated_spectrum
@@ -40,6 +39,8 @@ from infl_cache.stages.system import curvature_samples, damped_curvature, solve_
 log = logging.getLogger("infl_cache")
 
 PRECONDITIONER_SAMPLES = 512
+# Training samples whose gradients are captured at once.
+MOST_AT_ONCE = 256
 # Nothing is read or written there.
 NOWHERE = Path("nowhere")
 
@@ -202,14 +203,13 @@ def _influences(run: Opened, vectors: Sequence[Tensor]) -> NDArray[np.float32]:
     task, n_train = run.task, len(run.task.train)
     first = probe_batch(task, range(min(CHECKED_SAMPLES, n_train)), run.device)
     forms, _ = decide_forms(task, run.parameters, first, "auto", rows_at_once(run))
+    size = forms.at_once(min(run.options.resources.batch_size or MOST_AT_ONCE, rows_at_once(run)))
     named = dict(zip(run.parameters.names, vectors, strict=True))
     like = next(task.model.parameters())
     asked = queries(forms, flatten(run.parameters, named)[None].to(like))
     dots = []
     with progress("influence", n_train, show=run.options.resources.progress) as bar:
-        for batch in batches(
-            task.train, "train", task.collate, groups_of(0, n_train, batch_size(run, forms)), run.device
-        ):
+        for batch in batches(task.train, "train", task.collate, groups_of(0, n_train, size), run.device):
             found = capture(task, forms, batch)
             dots.append(scores(forms, asked, found.factors, found.dense, run.budget // 4)[0].cpu())
             bar.advance(len(batch.indices))

@@ -133,7 +133,7 @@ def test_calc_method_chooses_the_mode(given, config):
 
 def test_samples_of_each_class_from_a_start_and_two_parts_together_equal_the_whole(config):
     given = old(torch.float32)
-    config["test_sample_num"] = 4
+    config.update(test_sample_num=4, recursion_depth=300)
     whole = ptif.calc_img_wise(config, *given.given)
     parts = [
         ptif.calc_img_wise({**config, "test_sample_num": 2, "test_sample_start_per_class": start}, *given.given)
@@ -187,7 +187,7 @@ def test_a_run_folder_of_another_config_is_refused_in_words_of_the_config_unless
     with pytest.raises(ForeignRun, match=r"config\['save_pth'\]"):
         ptif.calc_all_grad_then_test(other, *given.given)
     influences, _, _ = ptif.calc_all_grad_then_test({**other, "force": True}, *given.given)
-    np.testing.assert_allclose(matrix(influences), dense_influences(given, 0.5), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(matrix(influences), dense_influences(given, 0.5), rtol=0, atol=1e-4)
 
 
 def test_stopped_in_the_middle_img_wise_goes_on_where_it_was(given, config, monkeypatch):
@@ -265,7 +265,11 @@ def test_a_regression_with_its_own_loss(config, tmp_path):
             {**config, "test_sample_ids": None, "test_sample_num": 1}, model, loader, loader, loss=squared
         )
     with pytest.raises(BadInput, match='use reduction="none"'):
-        ptif.calc_img_wise({**config, "outdir": str(tmp_path / "x")}, model, loader, loader, loss=nn.MSELoss())
+        ptif.calc_img_wise({**config, "outdir": str(tmp_path / "x")}, model, loader, loader, loss=mean_squared)
+
+
+def mean_squared(outputs, targets):
+    return squared(outputs, targets).mean()
 
 
 class Noisy(Dataset):

@@ -48,7 +48,7 @@ def test_without_readjust_such_a_scale_is_refused_with_one_that_will_do(config):
 
 
 def test_a_scale_that_takes_more_steps_than_are_allowed_is_lowered(given, config, tmp_path):
-    config.update(recursion_depth=400)
+    config.update(recursion_depth=150)
     influences, _, _ = ptif.calc_img_wise(config, *given.given)
     expected = dense_influences(given, 0.1)
     assert np.abs(matrix(influences) - expected).max() < 0.02 * np.abs(expected).max()
