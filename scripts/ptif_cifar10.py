@@ -50,7 +50,8 @@ if __name__ == "__main__":
     trainloader, testloader = DataLoader(train, batch_size=32, shuffle=True), DataLoader(test, batch_size=32)
     ptif.init_logging()
     config = ptif.get_default_config()
-    config.update(test_sample_num=per_class, num_classes=10)
+    # The curvature's largest eigenvalue is some 50: LiSSA would need tens of thousands of steps at this damping.
+    config.update(test_sample_num=per_class, num_classes=10, solver="cg")
     model = trained(trainloader, folder / f"net_{n_train}.pt")
     for name in ("calc_img_wise", "calc_all_grad_then_test"):
         config["outdir"], started = f"runs/ptif_cifar10/{name}", time.perf_counter()

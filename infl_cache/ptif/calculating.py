@@ -79,7 +79,7 @@ def calc_img_wise(
         >>> config["outdir"], config["test_sample_num"], config["damp"] = tempfile.mkdtemp(), 1, 0.1
         >>> influences, harmful, helpful = calc_img_wise(config, torch.nn.Linear(3, 2), loader, loader)
         >>> [entry["label"] for entry in influences.values()], len(helpful)
-        ([1, 0], 20)
+        ([0, 1], 20)
         >>> first = influences["0"]
         >>> first["influence"][first["helpful"][0]] == min(first["influence"]) < 0
         True

@@ -71,10 +71,10 @@ def combine(*parts: Mapping[str, Any] | str | Path) -> Outcome:
     Example:
         >>> entry = {"label": 1, "time_calc_influence_s": 0.1}
         >>> one = {"0": {**entry, "num_in_dataset": 0, "influence": [0.5, -2.0], "harmful": [0, 1], "helpful": [1, 0]}}
-        >>> two = {"3": {**entry, "num_in_dataset": 3, "influence": [0.5, 3.0], "harmful": [1, 0], "helpful": [0, 1]}}
+        >>> two = {"3": {**entry, "num_in_dataset": 3, "influence": [0.5, 1.0], "harmful": [1, 0], "helpful": [0, 1]}}
         >>> influences, harmful, helpful = combine(one, two)
         >>> list(influences), harmful, helpful
-        (['0', '3'], [1, 0], [0, 1])
+        (['0', '3'], [0, 1], [1, 0])
     """
     together: Results = {}
     for place, part in enumerate(parts):
