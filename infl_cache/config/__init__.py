@@ -81,7 +81,7 @@ class StestOptions:
         None, "lissa: divides each step; must exceed the curvature; estimated if not given", 1e-30
     )
     depth: int | None = option(None, "lissa: most steps of one recursion; from scale and damping if not given", 1)
-    repeats: int = option(1, "lissa: independent recursions that are averaged (the paper's r)", 1)
+    repeats: int = option(1, "lissa: most independent recursions that are averaged (the paper's r)", 1)
     sample_batch: int | None = option(None, "lissa: training samples a step; grows by itself if not given", 1)
     seed: int = option(42, "lissa: seed of the sampling", 0)
     solve_dtype: Literal["auto", "float32", "float64"] = option(

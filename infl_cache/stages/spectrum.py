@@ -41,16 +41,22 @@ def known_spectrum(run: Opened, forms: Forms, note: Callable[[str], None], stage
     """The spectrum of the curvature without damping, from the stage's plan, or estimated now and kept there."""
     plan = run.folder.plan(stage)
     if "spectrum" not in plan:
-        rows = curvature_samples(run, SPECTRUM_SAMPLES)
-        operator = damped_curvature(run, forms, 1, -run.task.weight_decay, rows, tick=run.check, note=note)
-        like = torch.empty(0, dtype=operator.dtype, device=run.device)
-        found = spectrum_of(operator, run.parameters.size, like)
-        require_finite(math.isfinite(found.largest))
-        if operator.kind != "hessian":  # a sum of squares; what the estimate finds below zero is its own margin
-            found = dataclasses.replace(found, smallest=max(0.0, found.smallest))
-        run.folder.remember(stage, spectrum={**dataclasses.asdict(found), "samples": len(rows)})
+        found, count = estimated_spectrum(run, forms, note)
+        run.folder.remember(stage, spectrum={**dataclasses.asdict(found), "samples": count})
     kept = run.folder.plan(stage)["spectrum"]
     return Spectrum(**{field.name: kept[field.name] for field in dataclasses.fields(Spectrum)})
+
+
+def estimated_spectrum(run: Opened, forms: Forms, note: Callable[[str], None]) -> tuple[Spectrum, int]:
+    """The spectrum of the curvature without damping, and the number of training samples it is estimated over."""
+    rows = curvature_samples(run, SPECTRUM_SAMPLES)
+    operator = damped_curvature(run, forms, 1, -run.task.weight_decay, rows, tick=run.check, note=note)
+    like = torch.empty(0, dtype=operator.dtype, device=run.device)
+    found = spectrum_of(operator, run.parameters.size, like)
+    require_finite(math.isfinite(found.largest))
+    if operator.kind != "hessian":  # a sum of squares; what the estimate finds below zero is its own margin
+        found = dataclasses.replace(found, smallest=max(0.0, found.smallest))
+    return found, len(rows)
 
 
 def chosen_damping(run: Opened, spectrum: Spectrum) -> float:

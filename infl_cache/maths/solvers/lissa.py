@@ -32,7 +32,8 @@ class LiSSA:
 
     `smallest` is the operator's smallest eigenvalue: at least `lambda + weight_decay` for ggn; estimated for the
     Hessian, and where that is not positive nothing is ever called converged.
-    `scale`, `depth`, `sample_batch` are estimated where they are None; `repeats` recursions are averaged.
+    `scale`, `depth`, `sample_batch` are estimated where they are None. Up to `repeats` recursions are averaged: no more
+    are begun of a row whose average meets the tolerance. Each row is solved as it would be alone, to rounding.
     """
 
     tolerance: float = 0.02
@@ -66,32 +67,45 @@ class LiSSA:
         if self.scale is not None and definite:
             return self.scale, shift
         known = self.spectrum or spectrum_of(lambda v: operator(v) - shift * v, rhs.shape[1], rhs[:1])
-        # A third above the estimate: single batches curve more than the mean.
-        scale = 1.33 * (max(0.0, known.largest) + shift) + 1e-12 if self.scale is None else self.scale
+        scale = stable_scale(known, shift) if self.scale is None else self.scale
         return scale, shift if definite else min(0.0, known.smallest) + shift
 
     def _averaged(self, operator: Curvature, rhs: Tensor, scale: float, smallest: float, keeper: Keeper) -> Solution:
-        value, first, steps = torch.zeros_like(rhs), 0, 0
-        kept = keeper.found()
+        """The mean of as many recursions as each row needs."""
+        total, value = torch.zeros_like(rhs), torch.zeros_like(rhs)
+        done, steps = torch.zeros(len(rhs), dtype=torch.int64), torch.zeros(len(rhs), dtype=torch.int64)
+        residual, bound = (torch.full((len(rhs),), math.inf, dtype=torch.float64, device=rhs.device) for _ in range(2))
+        kept, first = keeper.found(), 0
+        kept = kept if kept is not None and "done" in kept else None  # older versions kept another state
         if kept is not None:
-            value, (first, steps) = kept["mean"].to(rhs), kept["repeats"].tolist()
+            total, first = kept["total"].to(rhs), int(kept["repeat"])
+            done, steps = kept["done"].cpu().clone(), kept["steps"].cpu().clone()
         for repeat in range(first, self.repeats):
-            outer = {"mean": value.clone(), "repeats": torch.tensor([repeat, steps])}
+            open_rows = torch.nonzero(~(bound <= self.tolerance)).flatten().cpu()
+            left = open_rows if kept is None else kept["left"].cpu()
+            outer = {"total": total.clone(), "done": done.clone(), "steps": steps.clone(), "left": left,
+                     "repeat": torch.tensor(repeat)}  # fmt: skip
 
             def offer(now: Callable[[], State], outer: State = outer) -> None:
                 keeper.offer(lambda: {**outer, **now()})
 
-            walk = _Walk(rhs, scale, self.seed + repeat, kept if repeat == first else None)
-            self._recursion(operator, rhs, smallest, walk, offer)
-            value += walk.best / self.repeats
-            steps += walk.step
-        residual = relative_residual(operator, value, rhs)
-        converged = self._bound(smallest, residual, value, rhs) <= self.tolerance
+            walk = _Walk(rhs[left], scale, self.seed + repeat, kept)
+            self._recursion(operator, rhs[left], smallest, walk, offer)
+            kept = None
+            total[left] += walk.best
+            done[left] += 1
+            steps[left] += walk.counts[:, 0]
+            value = total / done.to(rhs)[:, None]
+            residual = relative_residual(operator, value, rhs)
+            bound = self._bound(smallest, residual, value, rhs)
+            if bool((bound <= self.tolerance).all()):
+                break
+        converged = bound <= self.tolerance
         reasons = tuple(
             "" if ok else "not finite" if not math.isfinite(r) else self._reason(r, smallest)
             for ok, r in zip(converged.tolist(), residual.tolist(), strict=True)
         )
-        return Solution(value, residual, torch.full((len(rhs),), steps), converged, reasons)
+        return Solution(value, residual, steps, converged, reasons)
 
     def _reason(self, residual: float, smallest: float) -> str:
         if smallest < 0:
@@ -103,49 +117,70 @@ class LiSSA:
     def _recursion(
         self, operator: Curvature, rhs: Tensor, smallest: float, walk: _Walk, offer: Callable[..., None]
     ) -> None:
-        """One recursion in rounds of steps, a look at the true residual after each."""
+        """One recursion in rounds of steps, a look at the true residual after each.
+
+        Rows that do the same walk together; each goes the way that it would go alone.
+        """
         n = operator.n_train
-        if not walk.step:
-            walk.batch = min(n, self.sample_batch or FIRST_BATCH)
-            walk.depth = self._depth(smallest, walk.scale)
-        while walk.step < walk.depth and walk.best_worst > self.tolerance:
-            # A look costs one pass over the data: every second pass' worth of steps, every 20th of full passes.
-            steps = min(walk.depth - walk.step, 20 if walk.batch == n else -(-2 * n // walk.batch))
+        if not walk.counts.any():
+            walk.counts[:, 1] = min(n, self.sample_batch or FIRST_BATCH)
+            walk.counts[:, 2] = self._depth(smallest, float(walk.reals[0, 0]))
+        while (group := walk.together(n, self.tolerance)) is not None:
+            rows, steps, batch, scale = group
+            h, generator = walk.h[rows], walk.generator_of(rows)
             for _ in range(steps):
-                found = _sampled(operator, walk.batch, walk.generator, walk.h)
+                found = _sampled(operator, batch, generator, h)
                 # In place: memory that is new to the process costs more than the sum.
-                walk.h.add_(rhs).add_(found, alpha=-1 / walk.scale)
-            walk.step += steps
-            if self._diverged(operator, walk.h, rhs, walk.scale):
-                if self.scale is not None:
-                    break
-                walk.scale, walk.h, walk.last = 2 * walk.scale, rhs.clone(), math.inf
-                walk.doublings += 1
-                left = self._depth(smallest, walk.scale) if walk.doublings <= MAX_DOUBLINGS else 0
-                walk.depth = walk.step + left
-                continue
-            worst = self._worst(operator, smallest, walk.h / walk.scale, rhs)
-            if worst < walk.best_worst:
-                walk.best, walk.best_worst = walk.h / walk.scale, worst
-            if worst > 0.9 * walk.last and walk.batch < n:
-                if self.sample_batch is not None:
-                    break  # the noise of the batch size that was asked for: it will not get better
-                walk.batch = min(n, 2 * walk.batch)
-            elif worst > 0.9999 * walk.last:
-                break  # as stable as rounding lets it be
-            walk.last = worst
+                h.add_(rhs[rows]).add_(found, alpha=-1 / scale)
+            walk.h[rows] = h
+            walk.generators[rows] = generator.get_state()
+            walk.counts[rows, 0] += steps
+            bound = self._looked(operator, smallest, h / scale, rhs[rows])
+            far = self._diverged(operator, h, rhs[rows], scale)
+            for place, row in enumerate(rows.tolist()):
+                if far[place]:
+                    self._start_over(walk, row, rhs, smallest)
+                else:
+                    self._decide(walk, row, bound[place], n)
             offer(walk.state)
 
-    def _diverged(self, operator: Curvature, h: Tensor, rhs: Tensor, scale: float) -> bool:
-        """Whether some row is far beyond the largest fixed point that the damping allows."""
-        finite = torch.isfinite(norms(rhs))
-        limit = 1e3 * scale * norms(rhs) / max(operator.shift, 1e-3 * scale)
-        return not bool((norms(h)[finite] <= limit[finite]).all())
+    def _start_over(self, walk: _Walk, row: int, rhs: Tensor, smallest: float) -> None:
+        """A row that diverged: from its beginning with twice the scale, unless that was asked for."""
+        step, _, _, doublings, _ = walk.counts[row].tolist()
+        if self.scale is not None or doublings >= MAX_DOUBLINGS:
+            walk.finish(row)
+            return
+        scale = 2 * float(walk.reals[row, 0])
+        walk.h[row] = rhs[row]
+        walk.reals[row] = torch.tensor([scale, float(walk.reals[row, 1]), math.inf], dtype=torch.float64)
+        walk.counts[row, 2], walk.counts[row, 3] = step + self._depth(smallest, scale), doublings + 1
 
-    def _worst(self, operator: Curvature, smallest: float, value: Tensor, rhs: Tensor) -> float:
+    def _decide(self, walk: _Walk, row: int, worst: float, n: int) -> None:
+        """Keep what is better, and see how a row goes on."""
+        scale, best, last = walk.reals[row].tolist()
+        batch = int(walk.counts[row, 1])
+        if worst < best:
+            walk.best[row] = walk.h[row] / scale
+            walk.reals[row, 1] = worst
+        if worst > 0.9 * last and batch < n:
+            if self.sample_batch is not None:
+                walk.finish(row)  # the noise of the batch size that was asked for: it will not get better
+            walk.counts[row, 1] = min(n, 2 * batch)
+        elif worst > 0.9999 * last:
+            walk.finish(row)  # as stable as rounding lets it be
+        walk.reals[row, 2] = worst
+
+    def _diverged(self, operator: Curvature, h: Tensor, rhs: Tensor, scale: float) -> list[bool]:
+        """Which rows are far beyond the largest fixed point that the damping allows."""
+        limit = 1e3 * scale * norms(rhs) / max(operator.shift, 1e-3 * scale)
+        far: list[bool] = (torch.isfinite(norms(rhs)) & ~(norms(h) <= limit)).tolist()
+        return far
+
+    def _looked(self, operator: Curvature, smallest: float, value: Tensor, rhs: Tensor) -> list[float]:
+        """The bound of each row; zero where it is not a number, which no more steps will change."""
         bound = self._bound(smallest, relative_residual(operator, value, rhs), value, rhs)
-        finite = bound[~torch.isnan(bound)]
-        return float(finite.max()) if len(finite) else 0.0
+        found: list[float] = torch.where(torch.isnan(bound), 0.0, bound).tolist()
+        return found
 
     def _bound(self, smallest: float, residual: Tensor, value: Tensor, rhs: Tensor) -> Tensor:
         """`|residual| / (smallest |s|)`, an upper bound of the relative error; the residual itself without damping."""
@@ -159,31 +194,75 @@ class LiSSA:
         """Steps until the slowest direction, which shrinks by `1 - smallest/scale`, is below the tolerance."""
         if self.depth is not None:
             return self.depth
-        if smallest <= 0:
-            return NO_DAMPING_DEPTH if smallest == 0 else HOPELESS_DEPTH
-        return 100 + math.ceil(2 * scale / smallest * math.log(10 / min(self.tolerance, 1.0)))
+        return steps_needed(scale, smallest, self.tolerance)
+
+
+def stable_scale(spectrum: Spectrum, shift: float) -> float:
+    """A scale at which the recursion does not diverge: a third above the largest eigenvalue of `C + shift I`.
+
+    A third, for single batches curve more than the mean.
+    """
+    return 1.33 * (max(0.0, spectrum.largest) + shift) + 1e-12
+
+
+def steps_needed(scale: float, smallest: float, tolerance: float) -> int:
+    """Steps after which the slowest direction, which shrinks by `1 - smallest/scale` each, is surely below `tolerance`.
+
+    >>> steps_needed(2.0, 0.1, 0.02)
+    349
+    """
+    if smallest <= 0:
+        return NO_DAMPING_DEPTH if smallest == 0 else HOPELESS_DEPTH
+    return 100 + math.ceil(2 * scale / smallest * math.log(10 / min(tolerance, 1.0)))
 
 
 class _Walk:
-    """Where one recursion has come to."""
+    """Where one recursion has come to, row by row.
+
+    `reals` (K, 3) are scale, best bound and last bound; `counts` (K, 5) step, batch, depth, doublings and whether the
+    row has come to its end; `generators` (K, .) the states of what draws its batches.
+    """
 
     def __init__(self, rhs: Tensor, scale: float, seed: int, kept: State | None) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.h, self.best, self.scale = rhs.clone(), rhs / scale, scale
-        self.best_worst, self.last = math.inf, math.inf
-        self.step = self.batch = self.depth = self.doublings = 0
+        self.h, self.best = rhs.clone(), rhs / scale
+        self.reals = torch.tensor([[scale, math.inf, math.inf]], dtype=torch.float64).repeat(len(rhs), 1)
+        self.counts = torch.zeros(len(rhs), 5, dtype=torch.int64)
+        self.generators = torch.Generator().manual_seed(seed).get_state().repeat(len(rhs), 1)
         if kept is not None:
-            self.generator.set_state(kept["generator"].cpu())
-            self.h, self.best = kept["h"].to(rhs, copy=True), kept["best"].to(rhs)
-            self.scale, self.best_worst, self.last = kept["reals"].tolist()
-            self.step, self.batch, self.depth, self.doublings = kept["counts"].tolist()
+            self.h, self.best = kept["h"].to(rhs, copy=True), kept["best"].to(rhs, copy=True)
+            self.reals, self.counts, self.generators = (
+                kept[name].cpu().clone() for name in ("reals", "counts", "generators")
+            )
+
+    def together(self, n: int, tolerance: float) -> tuple[Tensor, int, int, float] | None:
+        """Rows that do the same next, the steps they do, their batch and scale; None when all are at their end."""
+        step, batch, depth = self.counts[:, 0], self.counts[:, 1], self.counts[:, 2]
+        going = (self.counts[:, 4] == 0) & (step < depth) & (self.reals[:, 1] > tolerance)
+        if not bool(going.any()):
+            return None
+        # A look costs one pass over the data: every second pass' worth of steps, every 20th of full passes.
+        steps = torch.minimum(depth - step, torch.where(batch == n, 20, -(-2 * n // batch)))
+        first = int(torch.where(going, step, torch.iinfo(torch.int64).max).argmin())
+        same = going & (steps == steps[first]) & (batch == batch[first]) & (self.reals[:, 0] == self.reals[first, 0])
+        if batch[first] < n:  # whole passes draw nothing
+            same &= (self.generators == self.generators[first]).all(1)
+        rows = torch.nonzero(same).flatten()
+        return rows, int(steps[first]), int(batch[first]), float(self.reals[first, 0])
+
+    def generator_of(self, rows: Tensor) -> torch.Generator:
+        """What draws the batches of rows that go together."""
+        generator = torch.Generator()
+        generator.set_state(self.generators[rows[0]].clone())
+        return generator
+
+    def finish(self, row: int) -> None:
+        """A row goes on no more."""
+        self.counts[row, 4] = 1
 
     def state(self) -> State:
         """Everything that goes on from here."""
         return {
-            "generator": self.generator.get_state(), "h": self.h, "best": self.best,
-            "reals": torch.tensor([self.scale, self.best_worst, self.last], dtype=torch.float64),
-            "counts": torch.tensor([self.step, self.batch, self.depth, self.doublings]),
+            "h": self.h, "best": self.best, "reals": self.reals, "counts": self.counts, "generators": self.generators,
         }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,18 +35,29 @@ def write_json(
     """One test sample at a time, so that no more than one row is ever held as text."""
     file.write(b"{")
     for place, (index, row) in enumerate(rows):
-        count = len(row) if k is None else k
-        entry = {
-            "label": number(labels[index]),
-            "num_in_dataset": index,
-            "time_calc_influence_s": seconds,
-            "influence": [value if np.isfinite(value) else None for value in row.tolist()],
-            "harmful": rank.harmful(row, count, sign).ids.tolist(),
-            "helpful": rank.helpful(row, count, sign).ids.tolist(),
-        }
+        entry = entry_of(index, row, labels[index], seconds, k, sign)
         text = f"{',' if place else ''}\n{json.dumps(str(index))}: {json.dumps(entry, allow_nan=False)}"
         file.write(text.encode())
     file.write(b"\n}\n")
+
+
+def entry_of(
+    test: int, row: NDArray[np.float32], label: float, seconds: float, k: int | None = None, sign: int = 1
+) -> dict[str, Any]:
+    """What JSON says of a test sample: its influences, and training ids by strength (`k` of either end, or all).
+
+    >>> entry_of(7, np.array([0.5, -2.0, np.nan], np.float32), 3.0, 0.1)["helpful"]
+    [1, 0]
+    """
+    count = len(row) if k is None else k
+    return {
+        "label": number(label),
+        "num_in_dataset": test,
+        "time_calc_influence_s": seconds,
+        "influence": [value if np.isfinite(value) else None for value in row.tolist()],
+        "harmful": rank.harmful(row, count, sign).ids.tolist(),
+        "helpful": rank.helpful(row, count, sign).ids.tolist(),
+    }
 
 
 def write_csv(

@@ -83,4 +83,5 @@ def _depth(options: StestOptions, largest: float, damping: float) -> tuple[float
     tolerance = 0.02 if options.tolerance is None else options.tolerance
     shift = max(damping, 1e-300)
     enough = LISSA_MARGIN * (max(0.0, largest) + shift) / shift * math.log(1 / min(tolerance, 0.5))
-    return (enough if math.isnan(most) else min(most, enough)) * options.repeats, ""
+    # Only a recursion that may not come to its end is repeated.
+    return most * options.repeats if most < enough else enough, ""

@@ -152,6 +152,16 @@ def test_repeats_are_averaged():
     assert together.iterations.tolist() == [15, 15]
 
 
+def test_what_one_recursion_has_solved_is_not_solved_again():
+    task = mlp(n_train=40)
+    rhs = gradient_rows(task, range(2), data="test")
+    with operator_of(task, damping=0.1) as operator:
+        once, often = (solve(operator, rhs, LiSSA(repeats=repeats)) for repeats in (1, 5))
+    assert once.converged.all()
+    assert torch.equal(often.iterations, once.iterations)
+    assert torch.equal(often.value, once.value)
+
+
 def test_the_residual_is_the_true_one():
     task = mlp(n_train=40)
     rhs = gradient_rows(task, range(3), data="test")
@@ -268,6 +278,20 @@ def test_sides_at_once_equal_one_by_one_for_fixed_options():
     assert relative_error(together.value, torch.cat(alone)) < 1e-12
 
 
+def test_each_row_goes_the_way_it_goes_alone():
+    # More samples than a batch, and rows of different difficulty: they end, and are repeated, at different steps.
+    task = logistic(n_train=200)
+    rhs = gradient_rows(task, range(4), data="test")
+    with operator_of(task, damping=0.1, size=256) as operator:
+        rhs[2] = operator(rhs[2:3])[0]
+        options = LiSSA(tolerance=0.01, depth=40, repeats=2, scale=1.5)
+        together = solve(operator, rhs, options)
+        alone = [solve(operator, rhs[k : k + 1], options) for k in range(4)]
+    assert len(set(together.iterations.tolist())) > 1
+    assert together.iterations.tolist() == [int(each.iterations) for each in alone]
+    assert relative_error(together.value, torch.cat([each.value for each in alone])) < 1e-10
+
+
 def test_the_scale_is_estimated_once_for_all_blocks(monkeypatch):
     calls = []
 
@@ -310,7 +334,7 @@ def test_gone_on_with_from_a_state_it_has_the_bits_of_a_calm_recursion():
     # More samples than the first batch: what is drawn next belongs to the state.
     with operator_of(mlp(n_train=140), damping=0.1) as operator:
         rhs = normal(2, operator.parameters.size, seed=5)
-        solver = LiSSA(repeats=2, tolerance=1e-3)
+        solver = LiSSA(repeats=2, tolerance=1e-9, depth=120)
         whole = Keeps(None)
         calm = solver.prepare(operator)(rhs, whole)
         assert whole.offers >= 4

@@ -76,7 +76,8 @@ def test_lissa_takes_steps_of_a_batch_and_looks_at_the_residual():
         ({"depth": 50, "repeats": 3}, math.nan, 150, "as many steps as asked for"),
         ({}, math.nan, None, "its steps are not known without a spectrum; give --depth"),
         ({"depth": 50}, 1e9, 50, ""),
-        ({"tolerance": 0.1, "repeats": 2}, 0.99, 2 * 1.33 * 100 * math.log(10), ""),
+        ({"tolerance": 0.1, "repeats": 2}, 0.99, 1.33 * 100 * math.log(10), ""),
+        ({"depth": 50, "repeats": 2}, 1e9, 100, ""),
     ],
 )
 def test_the_steps_of_lissa_are_those_that_are_asked_for_or_that_the_spectrum_asks_for(options, largest, steps, note):
