@@ -54,6 +54,7 @@ def test_whatever_the_data_say_they_are_data(text):
     content = {"run": text, text: [text, {"text": text}]}
     page = assembled(content)
     assert data_of(page) == content
+    assert set(as_json(content)).isdisjoint("<>&")
     assert [tag for tag, _ in Page(page.decode()).elements] == [tag for tag, _ in Page(assembled({}).decode()).elements]
 
 
