@@ -31,7 +31,7 @@ grads: $(STAMP) ## stage 1: the gradient of every training sample into RUN/grad_
 stest: $(STAMP) ## stage 2: s_test of every test sample into RUN/s_test.zarr
 	$(BIN)/infl-cache stest --task $(TASK) --run $(RUN) $(ARGS)
 
-influence: $(STAMP) ## all that is missing of stages 1 and 2, then stage 3 and a short report
+influence: $(STAMP) ## all that is missing of stages 1 and 2, then stage 3 and the report
 	$(BIN)/infl-cache run --task $(TASK) --run $(RUN) $(ARGS)
 
 self-influence: $(STAMP) ## which training samples are probably mislabelled, after make grads
@@ -40,13 +40,13 @@ self-influence: $(STAMP) ## which training samples are probably mislabelled, aft
 status: $(STAMP) ## what is done, what is left, sizes, rates
 	$(BIN)/infl-cache status $(RUN)
 
-report: $(STAMP) ## the strongest training samples of some test samples: a table and a picture
-	$(BIN)/infl-cache report $(RUN) --task $(TASK)
+report: $(STAMP) ## what the run found: a table, and a page for the browser: ARGS='--tests 0,5,7'
+	$(BIN)/infl-cache report $(RUN) --task $(TASK) $(ARGS)
 
 validate: $(STAMP) ## is it true? retrain without chosen samples: ARGS='--kind lds --subsets 20'
 	$(BIN)/infl-cache validate --task $(TASK) --run $(RUN) $(ARGS)
 
-export: $(STAMP) ## the finished matrix as json or csv: ARGS='--format csv --out FILE'
+export: $(STAMP) ## the finished matrix as json, csv or parquet: ARGS='--format csv --out FILE'
 	$(BIN)/infl-cache export $(RUN) $(ARGS)
 
 test: $(STAMP) ## all tests, a part of the files on each core

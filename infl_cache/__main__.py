@@ -19,15 +19,21 @@ from infl_cache.config import read_config_file, short
 from infl_cache.disk.configuration import written_by_this_user
 from infl_cache.disk.durable import require_folder, require_writable, write_atomically
 from infl_cache.disk.run import RunFolder
-from infl_cache.errors import BadInput, DamagedStore, InflCacheError, Interrupted
+from infl_cache.errors import BadInput, DamagedStore, ForeignRun, InflCacheError, Interrupted
 from infl_cache.maths.load import load_task
 from infl_cache.maths.task import Task
 from infl_cache.pipeline import STAGES, Run
 from infl_cache.progress import human_bytes, human_seconds
+from infl_cache.selecting import Choice, select
 from infl_cache.stages.export import export
-from infl_cache.stages.opening import StageResult
+from infl_cache.stages.figures.writing import require_figures, write_figures
+from infl_cache.stages.opening import StageResult, log
+from infl_cache.stages.page.choosing import PageOptions
+from infl_cache.stages.page.reported import reported
+from infl_cache.stages.page.writing import require_page
 from infl_cache.stages.plan import PlanOptions
-from infl_cache.stages.report import report
+from infl_cache.stages.rendering import shown
+from infl_cache.stages.same import check_same_task
 from infl_cache.stages.status import status
 from infl_cache.stages.suspects import suspects_report
 from infl_cache.stages.validate import ValidateOptions
@@ -94,9 +100,14 @@ def _prepared(given: Namespace) -> tuple[Run, bool]:
 
 def _run_stages(names: Sequence[str], given: Namespace) -> None:
     """The named stages, a line for each as it ends; after all of them a short report."""
+    kind = given.pop("figures") if "figures" in given else None
     run, force = _prepared(given)
     if list(names) == list(STAGES):
-        require_folder(run.path / "report")
+        require_page(RunFolder(run.path))
+        if run.task is not None and run.task.render is not None:
+            shown(run.task, "test", 0)  # a render that cannot be used is said now, not when all is done
+    if kind is not None:
+        require_figures(run.path, kind)
     # `run --force` starts everything over at once: no stage then finds another's older options in its way.
     results = run.all(force) if force and len(names) > 1 else (getattr(run, name)(force) for name in names)
     beside: tuple[StageResult, ...] = ()
@@ -105,7 +116,9 @@ def _run_stages(names: Sequence[str], given: Namespace) -> None:
         for each in (result, *beside):
             print(_result_line(each), flush=True)
     if list(names) == list(STAGES):
-        print("\n" + report(RunFolder(run.path), run.task))
+        print("\n" + reported(RunFolder(run.path), run.task, PageOptions(), show=run.options.resources.progress))
+        if kind is not None:
+            print(f"\n{write_figures(RunFolder(run.path), run.task, kind, run.options.resources.progress)}")
     elif beside:
         print(f"\n{run.layer_shares()}")
 
@@ -207,9 +220,47 @@ def _export(given: Namespace) -> None:
     print(export(RunFolder(Path(given.run)), given.format, out, given["top_k"]))
 
 
+def _select(given: Namespace) -> None:
+    choice = Choice(**{field.name: given[field.name] for field in dataclasses.fields(Choice)})
+    print(select(Path(given.run), choice, Path(given.out) if given.out else None, given.format), end="")
+
+
 def _report(given: Namespace) -> None:
-    task: Task | None = load_task(given.task, given["task_args"] or {}) if given.task else None
-    print(report(RunFolder(Path(given.run)), task))
+    folder, page = RunFolder(Path(given.run)), None
+    if given.page:
+        own = {field.name: given[field.name] for field in dataclasses.fields(PageOptions)}
+        page = PageOptions.resolve({name: value for name, value in own.items() if value is not None})
+    if given.figures is not None:
+        require_figures(folder.path, given.figures)
+    named = load_task(given.task, given["task_args"] or {}) if given.task else None
+    task, note = (named, "") if named is not None else _task_of(folder)
+    if note:
+        log.warning(note)
+    print(reported(folder, task, page, note, show=not given.no_progress))
+    if given.figures is not None:
+        print(f"\n{write_figures(folder, task, given.figures, not given.no_progress)}")
+
+
+def _task_of(folder: RunFolder) -> tuple[Task | None, str]:
+    """The task that a run's own run.yaml names, if this user wrote that file; else none, and why there is none."""
+    config, remedy = folder.path / "run.yaml", f"infl-cache report {shlex.quote(str(folder.path))} --task"
+    if not config.exists():
+        return None, f"No samples are shown: the run has no run.yaml that names its task; {remedy} FILE.py:FUNCTION"
+    named = read_config_file(config).get("task")
+    if not isinstance(named, str):
+        return None, f"No samples are shown: run.yaml names no task; {remedy} FILE.py:FUNCTION shows them"
+    if not written_by_this_user(config):
+        return None, (
+            f"No samples are shown: run.yaml names the code of the task ({short(named)}), but is not as you wrote it on"
+            f" this machine; if you trust it: {remedy} {shlex.quote(named)}"
+        )
+    try:
+        task = load_task(named, read_config_file(config).get("task_args") or {})
+        check_same_task(folder, task)
+    except (BadInput, ForeignRun) as error:
+        why = str(error).splitlines()[0]
+        return None, f"No samples are shown: the task of run.yaml cannot be used ({why}); {remedy} FILE.py:FUNCTION"
+    return task, ""
 
 
 COMMANDS: dict[str, Callable[[Namespace], None]] = {
@@ -221,6 +272,7 @@ COMMANDS: dict[str, Callable[[Namespace], None]] = {
     "status": _status,
     "verify": _verify,
     "export": _export,
+    "select": _select,
     "report": _report,
 }
 

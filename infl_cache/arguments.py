@@ -11,7 +11,11 @@ from jsonargparse import ActionYesNo, ArgumentParser
 from infl_cache import __version__
 from infl_cache.config import SECTIONS, Resources, option_fields
 from infl_cache.pipeline import STAGES
-from infl_cache.stages.export import FORMATS
+from infl_cache.stages.chosen import EFFECTS
+from infl_cache.stages.chosen import FORMATS as ID_FORMATS
+from infl_cache.stages.export import ALL, FORMATS
+from infl_cache.stages.figures.canvas import FORMATS as FIGURE_FORMATS
+from infl_cache.stages.page.choosing import PageOptions
 from infl_cache.stages.plan import PlanOptions
 from infl_cache.stages.validate import ValidateOptions
 
@@ -19,16 +23,20 @@ HELP = {
     "grads": "stage 1: the gradient of every training sample into RUN/grad_z.zarr",
     "stest": "stage 2: s_test of the test samples (all, or those of --test) into RUN/s_test.zarr",
     "influence": "stage 3: the influence matrix RUN/influence.npy and the rankings",
-    "run": "the three stages in order, then a short report",
+    "run": "the three stages in order, then the report",
     "self-influence": "which training samples are probably mislabelled: needs stage 1 alone",
     "plan": "before anything runs: bytes, memory and time of each stage, and what other choices would cost",
     "status": "what is done, what is left, sizes, rates (also while a run is going on)",
     "verify": "compare the run folder with its ledger, every byte or a --sample; exit 4 if something is damaged",
     "validate": "is it true? retrains without chosen samples, beside what a finished run predicts; into RUN/validate",
-    "export": "the finished matrix as json (structure of pytorch_influence_functions) or csv",
-    "report": "the most helpful and harmful training samples of some test samples, as a table and a picture",
+    "export": "the finished matrix as json (structure of pytorch_influence_functions), csv or parquet",
+    "select": "the most helpful or harmful training samples as a file of ids, to retrain with them or without",
+    "report": "what a finished run found: a table, and a page for the browser (RUN/report/index.html)",
 }
-EPILOG = """examples:
+NOTES = """A stage that was stopped is carried on by the same command. Negative influence = helpful.
+exit codes: 0 done, 2 bad input, 3 the run belongs to another task or configuration, 4 corrupt or incomplete
+store, 5 disk full, 6 locked by another process, 130/143 interrupted and resumable"""
+EPILOG = f"""examples:
   infl-cache run --task scripts/digits.py:digits --run runs/digits
   infl-cache grads --task task.py:cifar --run runs/cifar --device cuda --memory 8GB
   infl-cache stest --task task.py:cifar --run runs/cifar --damping 0.1 --force
@@ -38,11 +46,36 @@ EPILOG = """examples:
   infl-cache status runs/cifar
   infl-cache verify runs/cifar --sample 5%
   infl-cache validate --task task.py:cifar --run runs/cifar --kind lds --subsets 100
+  infl-cache report runs/cifar --tests 0,5,100:120 --neighbours 12
   infl-cache export runs/cifar --format csv --out influence.csv
+  infl-cache select runs/cifar --effect harmful --k 50 --out harmful.txt
 
-A stage that was stopped is carried on by the same command. Negative influence = helpful.
-exit codes: 0 done, 2 bad input, 3 the run belongs to another task or configuration, 4 corrupt or incomplete
-store, 5 disk full, 6 locked by another process, 130/143 interrupted and resumable"""
+{NOTES}"""
+
+# What the help of a command ends with, before the rest.
+EXAMPLES = {
+    "export": """examples:
+  infl-cache export runs/cifar --format json --out influences.json
+  infl-cache export runs/cifar --format csv --top-k 20
+  infl-cache export runs/cifar --format parquet --top-k all --out influences.parquet
+""",
+    "report": """examples:
+  infl-cache report runs/cifar
+  infl-cache report runs/cifar --task task.py:cifar --figures svg
+""",
+    "select": """examples:
+  infl-cache select runs/cifar --effect harmful --k 50 --out harmful.txt
+  infl-cache select runs/cifar --effect harmful --k 50 --keep --out clean.npy
+  infl-cache select runs/cifar --effect helpful --label 3
+  infl-cache select runs/cifar --effect both --test 0,5:8 --format json --out strongest.json
+  infl-cache select runs/cifar --self-influence --k 100 --out suspects.txt
+
+Retrain with it:
+  ids = numpy.loadtxt("harmful.txt", dtype=int)
+  data = infl_cache.Run("runs/cifar", task).subset_without(ids)
+  # or, of what --keep wrote: torch.utils.data.Subset(train, numpy.load("clean.npy").tolist())
+""",
+}
 
 
 def parser() -> ArgumentParser:
@@ -59,7 +92,7 @@ def parser() -> ArgumentParser:
     for name in (*STAGES, "run", "self-influence", "plan"):
         commands.add_subcommand(name, _stage_parser(name), help=HELP[name])
     commands.add_subcommand("validate", _validate_parser(), help=HELP["validate"])
-    for name in ("status", "verify", "export", "report"):
+    for name in ("status", "verify", "export", "select", "report"):
         commands.add_subcommand(name, _reader_parser(name), help=HELP[name])
     return top
 
@@ -73,6 +106,8 @@ def _stage_parser(name: str) -> ArgumentParser:
     }
     for option, section, field in option_fields():
         _add_option(groups[section], option, get_type_hints(SECTIONS[section])[option], field)
+    if name == "run":
+        _add_figures(made)
     for field in dataclasses.fields(PlanOptions) if name == "plan" else ():
         _add_option(made, field.name, field.type, field)
     return made
@@ -122,26 +157,59 @@ def _reader_parser(name: str) -> ArgumentParser:
     if name == "export":
         made.add_argument("--format", type=str, default="json", help=f"one of {', '.join(FORMATS)} (default: json)")
         made.add_argument("--out", type=str | None, help="the file to write (default: RUN/export/influence.FORMAT)")
-        made.add_argument("--top-k", type=int | None, help="length of the rankings (default: all in json, 100 in csv)")
+        made.add_argument(
+            "--top-k", type=int | str | None,
+            help=f"length of the rankings, or {ALL}, in parquet every pair (default: all in json, else 100)",
+        )  # fmt: skip
+    if name == "select":
+        _add_choice(made)
     if name == "verify":
         made.add_argument("--sample", type=str | None, help="read the contents of a random part only: 5%% or 0.05")
         made.add_argument("--json", type=str | None, help="a file for the report in JSON; - for stdout")
         made.add_argument("--repair", action="store_true", help="make again what is damaged, and nothing else")
     if name in ("report", "verify"):
-        why = (
-            "the task, to draw its samples" if name == "report" else "the task of --repair, if not that of RUN/run.yaml"
+        why = "the task whose samples are shown" if name == "report" else "the task of --repair"
+        made.add_argument(
+            "--task", type=str | None, help=f"{why}, if not that of RUN/run.yaml: path/to/file.py:function"
         )
-        made.add_argument("--task", type=str | None, help=f"{why}: path/to/file.py:function")
         made.add_argument("--task-args", type=dict[str, Any] | None, help="arguments of the function")
+    if name == "report":
+        _add_figures(made)
+        made.add_argument("--page", action=ActionYesNo(no_prefix="no-"), default=True, help="write the page (default)")
+        for field in dataclasses.fields(PageOptions):
+            _add_option(made, field.name, get_type_hints(PageOptions)[field.name], field)
+        made.add_argument("--no-progress", action="store_true", help="no bars")
     made.add_argument("--debug", action="store_true", help="show tracebacks")
     return made
+
+
+def _add_figures(made: ArgumentParser) -> None:
+    """Whether a report draws all that there is."""
+    made.add_argument(
+        "--figures", type=str | None,
+        help=f"draw all that the run has the numbers for into RUN/report/figures: one of {', '.join(FIGURE_FORMATS)}",
+    )  # fmt: skip
+
+
+def _add_choice(made: ArgumentParser) -> None:
+    """Which training samples `select` takes, and where their ids go."""
+    made.add_argument(
+        "--effect", type=str | None, help=f"one of {', '.join(EFFECTS)}: the largest of either sign (default: harmful)"
+    )
+    made.add_argument("--k", type=int, default=50, help="how many (default: 50)")
+    made.add_argument("--test", type=str | None, help="on these test samples, as of stest (default: all, on average)")
+    made.add_argument("--label", type=int | None, help="on the test samples of this class, on average")
+    made.add_argument("--self-influence", action="store_true", help="those of largest self-influence: the suspects")
+    made.add_argument("--keep", action="store_true", help="write all training samples but these")
+    made.add_argument("--out", type=str | None, help="the file to write (default: ids on stdout, one a line)")
+    made.add_argument("--format", type=str | None, help=f"one of {', '.join(ID_FORMATS)} (default: as --out ends)")
 
 
 def _plain_parser(name: str, usage: str) -> ArgumentParser:
     return ArgumentParser(
         usage=f"infl-cache {name} {usage}",
         description=HELP[name],
-        epilog=EPILOG,
+        epilog=f"{EXAMPLES[name]}\n{NOTES}" if name in EXAMPLES else EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
     )

@@ -24,6 +24,9 @@ from infl_cache.stages.by_layer import by_layer
 from infl_cache.stages.grads import grads
 from infl_cache.stages.influence import influence
 from infl_cache.stages.opening import Opened, StageResult, opened
+from infl_cache.stages.page.choosing import PageOptions
+from infl_cache.stages.page.reported import reported
+from infl_cache.stages.page.writing import PAGE
 from infl_cache.stages.plan import Plan, asked_of, plan
 from infl_cache.stages.repair import repaired
 from infl_cache.stages.selection import count_of_tests, held_tests
@@ -189,6 +192,17 @@ class Run(Influences):
         if self.task is None:
             raise BadInput("task: expected a Task to retrain, found none; Run(path, task)")
         return validate(RunFolder(self.path), self.task, self.options, asked)
+
+    def report(self, **options: Any) -> Path:
+        """Write `report/index.html`, one file that any browser opens, and return its path.
+
+        Options as on the command line: `tests=[0, 5]`, `most_tests=200`, `neighbours=8`. Samples are shown by the
+        task's `render`, or as they look; without a task they are left out.
+        """
+        asked = PageOptions.resolve(options)
+        note = "" if self.task is not None else "No samples are shown: Run(path, task).report() shows them."
+        reported(RunFolder(self.path), self.task, asked, note, self.options.resources.progress)
+        return self.path / PAGE
 
     def _stage(self, name: str, force: Force) -> StageResult:
         if self.task is None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import Subset
 
 from infl_cache.config import short
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput, IncompleteStore
 from infl_cache.maths.task import Task
-from infl_cache.stages import rank
+from infl_cache.stages import chosen, rank
 from infl_cache.stages.blocks import some
+from infl_cache.stages.export import named_arrays
 from infl_cache.stages.layers import (
     BY_LAYER,
     LayerShares,
@@ -32,6 +36,9 @@ from infl_cache.stages.rankings import (
 from infl_cache.stages.same import check_same_task
 from infl_cache.stages.selection import as_text, count_of_tests, held_tests
 from infl_cache.stages.tiles import FINAL, matrix_tests, require_sound_matrix, sign_of
+
+if TYPE_CHECKING:
+    from infl_cache.stages.export.named import Dataset
 
 Changed = tuple[int, int]
 
@@ -145,6 +152,75 @@ class Influences:
     def harmful_to_all(self, k: int = 10) -> rank.Ranking:
         """The k training samples that harm most on average, the suspects: the other end of `helpful_to_all`."""
         return self._of_all("harmful", k)
+
+    def most_influential(
+        self, k: int = 10, effect: str = "harmful", test: int | Sequence[int] | None = None, label: int | None = None
+    ) -> rank.Ranking:
+        """The k training samples that help or harm most: ids and influences, the strongest first.
+
+        `effect` is "helpful", "harmful" or "both" (the largest influences of either sign). They are averaged over all
+        test samples, over those of `test` (one, or several: that needs the matrix), or over the class `label`.
+        `BadInput` for both of these, and for k above the length of stored rankings where these are what is asked.
+        """
+        if effect not in chosen.EFFECTS:
+            raise BadInput(f"effect: expected one of {', '.join(chosen.EFFECTS)}, found {short(effect)}")
+        if test is not None and label is not None:
+            raise BadInput(f"test, label: expected one of them, found both ({short(test)}, {short(label)})")
+        if effect == "both":
+            return chosen.of_both(k, *(self.most_influential(k, end, test, label) for end in rank.ENDS))
+        if isinstance(test, (int, np.integer)):
+            return self._of_test(effect, int(test), k)
+        if test is not None:
+            return self._of_tests(effect, test, k)
+        return self._of_all(effect, k) if label is None else self._of_class(effect, label, k)
+
+    def subset_of(self, ids: Sequence[int] | NDArray[np.int64] | rank.Ranking) -> Subset[Any]:
+        """These training samples as a data set, to train on: sample n of it is `task.train[ids[n]]`."""
+        return chosen.subset(self._train, chosen.checked_ids(ids, len(self._train)))
+
+    def subset_without(self, ids: Sequence[int] | NDArray[np.int64] | rank.Ranking) -> Subset[Any]:
+        """All training samples but these as a data set, in their order: what to retrain on without the harmful ones.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from infl_cache import Run
+            >>> data = [(torch.tensor([float(i)]), i) for i in range(4)]
+            >>> task = Task(model=torch.nn.Linear(1, 1), train=data, test=data, loss=torch.nn.MSELoss(reduction="none"))
+            >>> run = Run(tempfile.mkdtemp() + "/run", task)
+            >>> [label for _, label in run.subset_without([0, 2])]  # or of run.most_influential(50, "harmful")
+            [1, 3]
+        """
+        n_train = len(self._train)
+        return chosen.subset(self._train, chosen.others(chosen.checked_ids(ids, n_train), n_train))
+
+    def to_xarray(self) -> Dataset:
+        """The matrix and what is known of each sample as an `xarray.Dataset` with the dimensions `test` and `train`.
+
+        `influence` is the memory map of `scores()`: only what is looked at is read. Beside it are the test samples'
+        losses, predictions and residuals, the training samples' losses, labels as coordinates, the self-influence and
+        the layers' shares where they are there; `attrs` say what the numbers mean. Needs xarray (`BadInput`).
+        """
+        scores = self.scores()
+        return named_arrays(self.folder, scores)
+
+    @property
+    def _train(self) -> Any:
+        if self.task is None:
+            raise BadInput("task: expected a Task whose training set to take from, found none; Run(path, task)")
+        return self.task.train
+
+    def _of_tests(self, end: str, tests: Sequence[int], k: int) -> rank.Ranking:
+        self.folder = RunFolder(self.path)
+        require_matrix(self.folder, "to average over chosen test samples")
+        self.scores()
+        wanted = np.asarray(tests)
+        if wanted.ndim != 1 or not wanted.size or wanted.dtype.kind not in "iu":
+            raise BadInput(f"test: expected a test sample, or a list of them, found {short(tests)}")
+        for j in wanted.tolist():
+            _check("test sample", j, count_of_tests(self.folder), k)
+        if missing := sorted(set(wanted.tolist()) - set((asked := matrix_tests(self.folder)).tolist())):
+            raise self._not_asked(missing, asked)
+        return rank.ENDS[end](chosen.mean_over(self.folder, wanted), k, sign_of(self.folder))
 
     def _of_test(self, end: str, j: int, k: int) -> rank.Ranking:
         self.folder = RunFolder(self.path)

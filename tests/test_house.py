@@ -11,7 +11,7 @@ PACKAGE = Path(infl_cache.errors.__file__).parent
 GROUND = ("errors", "progress", "config", "interrupt", "heap")
 ROOF = (
     "infl_cache.stages", "infl_cache.reading", "infl_cache.pipeline", "infl_cache.arguments", "infl_cache.__main__",
-    "infl_cache.ptif",
+    "infl_cache.ptif", "infl_cache.plotting", "infl_cache.selecting",
 )  # fmt: skip
 MOST_LINES = 300
 
@@ -159,6 +159,9 @@ def test_nobody_imports_the_package_root_but_for_its_version_in_the_options():
         ("jsonargparse", ("infl_cache.arguments", "infl_cache.__main__")),
         ("filelock", ("infl_cache.disk.lock",)),
         ("sqlite3", ("infl_cache.disk",)),
+        ("matplotlib", ("infl_cache.stages.figures.canvas",)),
+        ("pyarrow", ("infl_cache.stages.export.parquet",)),
+        ("xarray", ("infl_cache.stages.export.named",)),
     ],
 )
 def test_a_foreign_library_has_one_door(library, doors):

@@ -1,6 +1,8 @@
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -288,12 +290,157 @@ def test_export_refuses_what_it_cannot_write(here, capsys, line, code):
     assert call(line) == code
 
 
-def test_report_without_a_task_is_a_table_alone(here, capsys):
+def test_select_writes_ids_to_retrain_with_or_without(here, capsys):
     finished()
+    assert call("self-influence --task task.py:small --run runs/r") == 0
+    matrix = np.load("runs/r/influence.npy")
+    order, of_some = (
+        np.argsort(-rows.mean(0, dtype=np.float64), kind="stable") for rows in (matrix, matrix[[0, 3, 4]])
+    )
     capsys.readouterr()
-    assert call("report runs/r") == 0
+    assert call("select runs/r --k 4") == 0
+    assert capsys.readouterr().out == "".join(f"{i}\n" for i in order[:4])
+    assert call("select runs/r --effect harmful --k 4 --out out/bad.txt") == 0
+    assert capsys.readouterr().out == "out/bad.txt: 4 of 20 training samples, the most harmful on all test samples\n"
+    assert np.loadtxt("out/bad.txt", dtype=int).tolist() == order[:4].tolist()
+    assert call("select runs/r --k 4 --keep --out good.npy") == 0
+    assert "16 of 20 training samples, all but the 4 most harmful" in capsys.readouterr().out
+    assert np.load("good.npy").tolist() == sorted(order[4:].tolist())
+    assert call("select runs/r --effect helpful --test 0,3:5 --k 2 --out some.json") == 0
+    assert json.loads(Path("some.json").read_text()) == of_some[::-1][:2].tolist()
+    assert call("select runs/r --self-influence --k 3 --out ids --format txt") == 0
+    suspects = np.load("runs/r/self_influence.npz", allow_pickle=False)["ids"][:3].tolist()
+    assert Path("ids").read_text().split() == [str(i) for i in suspects]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--effect odd", "effect: expected one of helpful, harmful, both, found 'odd'"),
+        ("--k 0", "k: expected at least 1, found 0"),
+        ("--k 20 --keep", "k: expected fewer than the 20 training samples with --keep, found 20"),
+        ("--test 9", "expected indices of test samples, 0 to 4, found 9"),
+        ("--test 0 --label 1", "test, label: expected one of them, found both"),
+        ("--label 8", "class: expected 0, 1, found 8"),
+        ("--self-influence --test 0", "self-influence: expected neither --effect, --test nor --label with it"),
+        ("--format npy", "out: expected a file for the format 'npy', found none"),
+        ("--out ids.csv", "out: expected a name that ends in .txt, .json, .npy, or --format, found 'ids.csv'"),
+        ("--out task.py/ids.txt", "expected a folder that can be written in"),
+    ],
+)
+def test_select_refuses_what_cannot_be_meant(chosen_from, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(chosen_from)
+    assert call(f"select runs/r {options}") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def chosen_from(tmp_path_factory):
+    """A folder with a finished run that is only read."""
+    path = tmp_path_factory.mktemp("chosen")
+    (path / "task.py").write_text(TASK)
+    line = f"run --task {path}/task.py:small --run {path}/runs/r --no-progress --damping 0.1"
+    assert call(line) == 0
+    return path
+
+
+def test_export_parquet_is_the_csv_table_of_what_does_help_or_harm(here):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    finished()
+    assert call("export runs/r --format csv --top-k 3 --out t.csv") == 0
+    assert call("export runs/r --format parquet --top-k 3 --out t.parquet") == 0
+    assert call("export runs/r --format parquet --top-k all") == 0
+    lines, found = pandas.read_csv("t.csv"), pandas.read_parquet("t.parquet")
+    lines = lines[(lines["influence"] < 0) == (lines["effect"] == "helpful")]
+    assert found.drop(columns=["influence", "loss_change_if_removed"]).astype({"effect": str}).values.tolist() == (
+        lines.drop(columns=["influence", "loss_change_if_removed"]).values.tolist()
+    )
+    assert len(pandas.read_parquet("runs/r/export/influence.parquet")) == 5 * 20
+    assert call("export runs/r --format parquet --top-k some") == 2
+
+
+def test_figures_of_run_and_report(here, capsys):
+    pytest.importorskip("matplotlib")
+    assert call("run --task task.py:small --run runs/new --figures gif") == 2
+    assert "figures: expected one of png, svg, found 'gif'" in capsys.readouterr().err
+    assert not Path("runs/new").exists()
+    finished("--figures svg")
+    out = capsys.readouterr().out
+    names = ("neighbours", "classes", "histogram")
+    assert all(f"runs/r/report/figures/{name}.svg" in out for name in names)
+    assert "not drawn: layers: " in out
+    assert call("report runs/r --figures png") == 0
+    assert {path.name for path in Path("runs/r/report/figures").iterdir()} == {
+        f"{name}.{kind}" for name in names for kind in ("png", "svg")
+    }
+    assert call("report runs/r --figures pdf") == 2
+
+
+def test_a_report_without_the_page_is_a_table_alone(here, capsys):
+    finished()
+    shutil.rmtree("runs/r/report")
+    capsys.readouterr()
+    assert call("report runs/r --no-page --task task.py:small") == 0
     assert "negative = helpful" in capsys.readouterr().out
     assert not Path("runs/r/report").exists()
+
+
+def page_of(output):
+    """What is in the page whose path is the last line of the output."""
+    path = Path(output.rstrip().splitlines()[-1])
+    assert path == Path("runs/r/report/index.html")
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL)
+    return json.loads(text)
+
+
+def test_run_and_report_end_with_the_path_of_the_page(here, capsys):
+    finished()
+    assert len(page_of(capsys.readouterr().out)["samples"]["test"]) == 5
+    assert call("report runs/r --tests 1,3 --neighbours 2") == 0
+    found = page_of(capsys.readouterr().out)
+    assert [(each["id"], len(each["helpful"])) for each in found["tests"]] == [(1, 2), (3, 2)]
+    assert list(found["samples"]["test"]) == ["1", "3"]
+    assert call("report runs/r --tests 9") == 2
+    assert "expected indices of test samples, 0 to 4, found 9" in capsys.readouterr().err
+
+
+def test_a_report_takes_the_task_from_run_yaml_only_if_this_user_wrote_it(here, capsys, caplog):
+    finished()
+    Path("runs/r/run.yaml").write_text(Path("runs/r/run.yaml").read_text().replace("task.py", "evil.py"))
+    (here / "evil.py").write_text("open('ran', 'w').close()")
+    capsys.readouterr()
+    assert call("report runs/r") == 0
+    found = page_of(capsys.readouterr().out)
+    assert not Path("ran").exists()
+    assert found["samples"] is None
+    assert "evil.py" in found["notes"][0]
+    assert "is not as you wrote it on this machine; if you trust it: infl-cache report runs/r --task" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda: Path("task.py").unlink(), r"the task of run\.yaml cannot be used \(task: expected a Python file"),
+        (lambda: Path("task.py").write_text(TASK.replace("randn(25, 6)", "rand(25, 6)")), "expected the sample that"),
+        (lambda: Path("runs/r/run.yaml").unlink(), r"the run has no run\.yaml"),
+    ],
+)
+def test_a_task_of_run_yaml_that_cannot_be_used_is_a_note(here, capsys, caplog, change, words):
+    finished()
+    change()
+    capsys.readouterr()
+    assert call("report runs/r") == 0
+    assert page_of(capsys.readouterr().out)["samples"] is None
+    assert re.search(words, caplog.text)
+
+
+def test_a_render_that_cannot_be_used_is_said_before_any_work(here, capsys):
+    text = TASK.replace("loss=loss)", "loss=loss, render=lambda sample: sample)")
+    (here / "task.py").write_text(text)
+    assert call("run --task task.py:small --run runs/r --no-progress") == 2
+    assert "render, on test[0]: expected a picture (H, W)" in capsys.readouterr().err
+    assert not Path("runs/r").exists()
 
 
 def test_debug_shows_the_traceback(here, capsys):
@@ -302,11 +449,14 @@ def test_debug_shows_the_traceback(here, capsys):
 
 
 def test_help_has_examples_for_every_command(capsys):
-    for command in ([], ["grads"], ["run"], ["status"], ["export"], ["report"], ["verify"]):
+    own = {"export": "infl-cache export runs", "select": "infl-cache select runs", "report": "infl-cache report runs"}
+    for command in ([], ["grads"], ["run"], ["status"], ["export"], ["select"], ["report"], ["verify"]):
         with pytest.raises(SystemExit) as stopped:
             main([*command, "--help"])
         assert stopped.value.code == 0
-        assert "infl-cache run --task" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert own.get("".join(command), "infl-cache run --task") in out
+        assert "exit codes: 0 done" in out
 
 
 def test_the_module_runs_as_a_program():

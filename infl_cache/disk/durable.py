@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +15,11 @@ import google_crc32c
 
 from infl_cache.disk.direct import write_durably
 from infl_cache.errors import BadInput, DiskFull
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system calls a disk, or a user's part of it, that is full."""
+
+MOST_SYNCS = 16
 
 
 def sync_file(path: Path) -> None:
@@ -25,17 +31,24 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_folders(folders: Iterable[Path]) -> None:
-    """Return once the names in each folder are on the disk."""
-    for folder in sorted(set(folders)):
-        sync_file(folder)
+def sync_together(paths: Iterable[Path]) -> None:
+    """Return once the contents of all these files and the names in all these folders are on the disk.
+
+    In threads: a journal puts those that wait at the same time onto the disk by one commit.
+    """
+    different = sorted(set(paths))
+    if len(different) == 1:
+        sync_file(different[0])
+    elif different:
+        with ThreadPoolExecutor(min(len(different), MOST_SYNCS)) as pool:
+            list(pool.map(sync_file, different))
 
 
 def make_folders(folder: Path) -> None:
     """Make a folder and its parents; return once all the new names are on the disk."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    sync_folders(each.parent for each in missing)
+    sync_together(each.parent for each in missing)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -51,10 +64,12 @@ def require_writable(path: Path) -> None:
 
 
 def require_folder(folder: Path) -> None:
-    """`BadInput` unless files can be written in a folder that is there, or it can be made where its parent is."""
-    place = folder if os.path.lexists(folder) else folder.parent
-    if place.exists() and not (place.is_dir() and os.access(place, os.W_OK)):
-        raise BadInput(f"{place}: expected a folder that can be written in, found none; make room for it, or remove it")
+    """`BadInput` unless files can be written in a folder that is there, or it can be made where it is missing."""
+    place = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    if not place.is_dir():
+        raise BadInput(f"{place}: expected a folder that can be written in, found a file; move it, or remove it")
+    if not os.access(place, os.W_OK):
+        raise BadInput(f"{place}: expected a folder that can be written in, found one that is read-only or another's")
 
 
 def crc32c_of_file(path: Path, piece: int = 1 << 22) -> int:
@@ -90,7 +105,7 @@ def disk_full_is_said(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "disk is full" not in str(error):
+        if getattr(error, "errno", None) not in DISK_FULL and "disk is full" not in str(error):
             raise
         free = shutil.disk_usage(folder if folder.exists() else os.curdir).free
         raise DiskFull(

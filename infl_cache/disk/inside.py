@@ -152,6 +152,11 @@ def _layout(value: Any) -> None:
     size = 8 * _number(value["chunk_rows"], 1) * math.prod(value["chunk_row_shape"])
     if len(shape) > 2 * MAX_AXES or size > MAX_CHUNK_BYTES:
         raise ValueError(f"chunks of {size} bytes")
+    axes = value.get("axes", [])
+    if not isinstance(axes, list | tuple) or len(axes) not in (0, 1 + len(value["row_shape"])):
+        raise ValueError(f"axes {str(axes)[:40]!r}")
+    for axis in axes:
+        _of(str)(axis)
 
 
 def _codec(value: Any) -> None:

@@ -49,6 +49,8 @@ class ArrayLayout:
     stands_for: str = ""
     # What a row that was never written reads as, where the type has no NaN.
     fill: int = 0
+    # The names of the axes in the array's metadata; stores of older versions were laid out without.
+    axes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,7 +73,7 @@ class ArrayLayout:
         return cls(
             str(each["path"]), int(each["n_rows"]), tuple(map(int, each["row_shape"])), str(each["dtype"]),
             int(each["chunk_rows"]), tuple(map(int, each["chunk_row_shape"])), str(each.get("stands_for", "")),
-            int(each.get("fill", 0)),
+            int(each.get("fill", 0)), tuple(map(str, each.get("axes", ()))),
         )  # fmt: skip
 
 
@@ -169,9 +171,10 @@ def choose_block_rows(n_rows: int, row_bytes: int, budget: int) -> int:
 
 
 def array_layout(
-    path: str, n_rows: int, row_shape: tuple[int, ...], dtype: str, block_rows: int, stands_for: str = "", fill: int = 0
-) -> ArrayLayout:
-    """Chunks of at most `CHUNK_BYTES`.
+    path: str, n_rows: int, row_shape: tuple[int, ...], dtype: str, block_rows: int, stands_for: str = "",
+    fill: int = 0, rows: str = "sample", columns: str = "",
+) -> ArrayLayout:  # fmt: skip
+    """Chunks of at most `CHUNK_BYTES`; `rows` is the name of the first axis, `columns` that of plain rows' other one.
 
     Plain rows are cut into columns and stay together, so that some columns of all samples can be read alone; of other
     rows a chunk holds as many of the block's as fit, else one, cut along its first axis.
@@ -187,16 +190,29 @@ def array_layout(
     plain = len(row_shape) == 1
     least = itemsize * (min(*row_shape, CHUNK_COLUMNS) if plain else math.prod(row_shape))
     divisors = [d for d in range(1, block_rows + 1) if block_rows % d == 0]
-    rows = max((d for d in divisors if d * least <= CHUNK_BYTES), default=1)
+    chunk_rows = max((d for d in divisors if d * least <= CHUNK_BYTES), default=1)
     chunk_row = list(row_shape)
     if plain:
-        widest = max(1, CHUNK_BYTES // (rows * itemsize))
+        widest = max(1, CHUNK_BYTES // (chunk_rows * itemsize))
         chunk_row = [-(-row_shape[0] // max(1, -(-row_shape[0] // widest)))]
     for axis in range(len(chunk_row)):
-        while math.prod(chunk_row) * itemsize * rows > CHUNK_BYTES and chunk_row[axis] > 1:
+        while math.prod(chunk_row) * itemsize * chunk_rows > CHUNK_BYTES and chunk_row[axis] > 1:
             chunk_row[axis] = -(-chunk_row[axis] // 2)
     stands_for = "" if stands_for == dtype else stands_for
-    return ArrayLayout(path, n_rows, tuple(row_shape), dtype, rows, tuple(chunk_row), stands_for, fill)
+    axes = axis_names(path, len(row_shape), rows, columns)
+    return ArrayLayout(path, n_rows, tuple(row_shape), dtype, chunk_rows, tuple(chunk_row), stands_for, fill, axes)
+
+
+def axis_names(path: str, beside: int, rows: str, columns: str = "") -> tuple[str, ...]:
+    """Names for the axis of the rows and the `beside` others: no two arrays of a group share one but for the rows.
+
+    >>> axis_names("0/input", 2, "train"), axis_names("s_test", 1, "row", "parameter")
+    (('train', 'input_1', 'input_2'), ('row', 'parameter'))
+    """
+    if columns and beside == 1:
+        return (rows, columns)
+    own = path.rpartition("/")[2]
+    return (rows, *(f"{own}_{axis}" for axis in range(1, beside + 1)))
 
 
 def chunk_keys(layout: ArrayLayout, block: Block) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from infl_cache.disk.durable import crc32c, make_folders, sync_folders
+from infl_cache.disk.durable import crc32c, make_folders, sync_together
 
 
 def append_line(path: Path, content: Mapping[str, Any]) -> None:
@@ -26,7 +26,7 @@ def append_line(path: Path, content: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     if new:
-        sync_folders([path.parent])
+        sync_together([path.parent])
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

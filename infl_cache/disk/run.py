@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from infl_cache.disk.codecs import Codec, planned_codec
 from infl_cache.disk.configuration import as_yaml
-from infl_cache.disk.durable import disk_full_is_said, make_folders, remove, write_atomically
+from infl_cache.disk.durable import DISK_FULL, disk_full_is_said, make_folders, remove, write_atomically
 from infl_cache.disk.growth import begin_growth, check_metadata, finish_growth
 from infl_cache.disk.inside import refuse_links
 from infl_cache.disk.layout import ArrayLayout, Block, samples_of, span_blocks
@@ -53,8 +53,10 @@ class RunFolder:
         with disk_full_is_said(self.path):
             try:
                 make_folders(self.path)
-            except (FileExistsError, NotADirectoryError, PermissionError) as error:
-                raise BadInput(f"{self.path}: cannot be a run folder: {error.strerror}") from error
+            except OSError as error:
+                if error.errno in DISK_FULL:
+                    raise
+                raise BadInput(f"{self.path}: cannot be a run folder: {error.strerror}; use another --run") from error
             refuse_links(self.path, None)
             with only_writer(self.path):
                 self.manifest = Manifest.read(self.path / "manifest.json")

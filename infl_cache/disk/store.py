@@ -26,7 +26,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from infl_cache.disk.codecs import CRC_BYTES, Codec, stored_checksum
 from infl_cache.disk.direct import write_durably
-from infl_cache.disk.durable import crc32c_of_file, sync_file, sync_folders
+from infl_cache.disk.durable import crc32c_of_file, sync_together
 from infl_cache.disk.inside import leads_out
 from infl_cache.disk.layout import ArrayLayout, Block, chunk_parts
 from infl_cache.disk.ledger import FileRecord
@@ -101,7 +101,7 @@ class Store:
         with self._timed("write"):
             records = self._each_in_a_thread(self._written, tuple(chunks), WRITERS)
         with self._timed("sync"):
-            sync_folders({self.folder / path for path in self.layouts})
+            sync_together({self.folder / path for path in self.layouts})
         return tuple(records)
 
     def _each_in_a_thread(self, work: Callable[[S], T], items: Sequence[S], most: int) -> list[T]:
@@ -175,9 +175,7 @@ def create_store(folder: Path, layouts: Iterable[ArrayLayout], codec: Codec) -> 
     shutil.rmtree(folder, ignore_errors=True)
     _lay_out(folder, layouts, codec)
     files = sorted(folder.rglob(METADATA))
-    for file in files:
-        sync_file(file)
-    sync_folders([folder.parent, *(file.parent for file in files)])
+    sync_together([folder.parent, *files, *(file.parent for file in files)])
     return tuple(record_of_file(folder.parent, file) for file in files)
 
 
@@ -203,7 +201,7 @@ def _lay_out(place: Path | zarr.storage.MemoryStore, layouts: Iterable[ArrayLayo
             filters=None,
             # One flat folder of chunk files an array: one folder to sync a block.
             chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=("sample", *(f"axis{i}" for i in range(1, len(layout.shape)))),
+            dimension_names=layout.axes or ("sample", *(f"axis{i}" for i in range(1, len(layout.shape)))),
             config={"write_empty_chunks": True},
             attributes=_attributes(layout),
         )

@@ -26,6 +26,7 @@ from torch import Tensor
 from infl_cache.maths.capture.engine import multiplied_out
 from infl_cache.maths.capture.forms import Forms, Layer
 from infl_cache.maths.curvature.jacobian import Jacobian
+from infl_cache.maths.curvature.operator import require_finite
 from infl_cache.maths.curvature.rows import Rows
 from infl_cache.maths.params import Parameters, flatten, unflatten
 
@@ -111,6 +112,7 @@ def fit(rows: Rows, n: int) -> EKFAC:
                 moments[name] = [moments[name][0].add_(left), moments[name][1].add_(right)]
             else:
                 moments[name] = [left.double(), right.double()]
+    require_finite(all(bool(torch.isfinite(each).all()) for pair in moments.values() for each in pair))
     bases = {name: [torch.linalg.eigh(each / n)[1] for each in pair] for name, pair in moments.items()}
     values: dict[str, Tensor] = {}
     for jacobian in rows.passes():

@@ -20,7 +20,7 @@ from infl_cache.maths.samples import Batch, loader_died
 
 REENTRANT = "expected checkpoints with use_reentrant=False, found use_reentrant=True;\nset it to False"
 # Functions that a task may do without.
-OPTIONAL = ("measure", "retrain")
+OPTIONAL = ("measure", "retrain", "render")
 
 
 def _inputs_first(model: nn.Module, batch: Any) -> Any:
@@ -55,6 +55,9 @@ class Task:
             training samples where the bool tensor `keep` (n_train,) is true, the same one for the same `keep`. Divide
             the sum of their losses by n_train, not by their number, for that is what the influences predict. Whoever
             wants the mean over several seeds calls them inside. A float64 model is measured in float64.
+        render: `render(sample)`: what a sample is shown as in the report. A picture ((H, W) or (H, W, 3), an array,
+            tensor or PIL image; bytes 0 to 255, floats 0 to 1), a str, or a mapping of names to values (a row of a
+            table); by default what it looks like. It only shows: it is no part of a run's identity.
 
     Example:
         >>> data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.zeros(8, dtype=torch.long))
@@ -74,13 +77,14 @@ class Task:
     targets: Callable[[Any], Any] = _last
     classes: Sequence[str] | None = None
     retrain: Callable[[Tensor], nn.Module] | None = None
+    render: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise BadInput(f"model: expected a torch.nn.Module, found {type(self.model).__name__}")
         for name in ("train", "test"):
             _check_dataset(getattr(self, name), name)
-        for name in ("loss", "measure", "collate", "forward", "targets", "retrain"):
+        for name in ("loss", "measure", "collate", "forward", "targets", "retrain", "render"):
             if not callable(getattr(self, name)) and not (name in OPTIONAL and getattr(self, name) is None):
                 raise BadInput(f"{name}: expected a function, found {type(getattr(self, name)).__name__}")
         if not (isinstance(self.weight_decay, (int, float)) and 0 <= self.weight_decay < float("inf")):

@@ -15,7 +15,7 @@ from infl_cache.pipeline import Run
 from infl_cache.ptif.saving import Results, loaded_json
 from infl_cache.stages import rank
 from infl_cache.stages.columns import stored_column
-from infl_cache.stages.export import entry_of
+from infl_cache.stages.export.text import entry_of
 from infl_cache.stages.tiles import sign_of
 
 KEYS = {"label", "num_in_dataset", "time_calc_influence_s", "influence", "harmful", "helpful"}

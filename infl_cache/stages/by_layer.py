@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from infl_cache.disk.durable import remove, sync_folders, write_atomically
+from infl_cache.disk.durable import remove, sync_together, write_atomically
 from infl_cache.disk.layout import Block
 from infl_cache.disk.matrix import MatrixFile, create_matrix
 from infl_cache.disk.run import RunFolder
@@ -126,7 +126,7 @@ def _open_matrices(run: Opened, n_layers: int, anew: bool) -> MatrixFile:
         create_matrix(partial, (n_layers, n_test, len(run.task.train)), empty)
     elif final.exists():
         os.replace(final, partial)
-        sync_folders([run.folder.path])
+        sync_together([run.folder.path])
     return MatrixFile(partial, writable=True, leading=(n_layers,))
 
 
@@ -151,7 +151,7 @@ def _finish(folder: RunFolder) -> None:
     """Give the complete file its name; a kill may have left the sums of its last tile."""
     if (folder.path / BY_LAYER_PARTIAL).exists():
         os.replace(folder.path / BY_LAYER_PARTIAL, folder.path / BY_LAYER)
-        sync_folders([folder.path])
+        sync_together([folder.path])
     remove([sums_of(folder.path, STAGE)])
 
 

@@ -15,6 +15,7 @@ from infl_cache.maths.solvers.fisher import Fisher, require_shift
 from infl_cache.maths.tiled import Kind, Tiles, matrix_bytes
 from infl_cache.progress import human_bytes
 from infl_cache.stages.opening import Opened, log
+from infl_cache.stages.spectrum import known_damping, needs_spectrum
 from infl_cache.stages.system import solve_dtype
 
 KINDS: tuple[Kind, ...] = ("gram", "factor")
@@ -40,20 +41,9 @@ class _OnDisk:
         self._files.put(kind, i, j, tile.cpu().numpy())
 
 
-def known_damping(run: Opened) -> float:
-    """The damping, where it does not hang on a spectrum."""
-    asked = run.options.stest.damping
-    return 0.0 if asked == "auto" else asked
-
-
-def needs_spectrum(run: Opened) -> bool:
-    """Whether the curvature is looked at before: all but this solver choose by it, or warn."""
-    return run.options.stest.solver != "fisher" or run.options.stest.damping == "auto"
-
-
 def check_damping(run: Opened) -> None:
     """`BadInput` for a system that `fisher` cannot solve, before anything is written."""
-    if not needs_spectrum(run):
+    if run.options.stest.solver == "fisher" and not needs_spectrum(run.options.stest):
         require_shift(run.task.weight_decay + known_damping(run))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from infl_cache.disk.durable import remove, sync_folders
+from infl_cache.disk.durable import remove, sync_together
 from infl_cache.disk.layout import ArrayLayout
 from infl_cache.disk.matrix import MatrixFile, create_matrix
 from infl_cache.disk.run import Force, RunFolder
@@ -255,7 +255,7 @@ def _open_matrix(run: Opened, anew: bool) -> MatrixFile:
         create_matrix(partial, shape, np.setdiff1d(np.arange(shape[0]), asked))
     elif final.exists():
         os.replace(final, partial)
-        sync_folders([run.folder.path])
+        sync_together([run.folder.path])
     return MatrixFile(partial, writable=True)
 
 
@@ -285,5 +285,5 @@ def _finish(folder: RunFolder) -> None:
     """Give the complete matrix its name; a kill may have left the sums of its last tile."""
     if (folder.path / PARTIAL).exists():
         os.replace(folder.path / PARTIAL, folder.path / FINAL)
-        sync_folders([folder.path])
+        sync_together([folder.path])
     remove([sums_of(folder.path, "influence")])

@@ -144,7 +144,7 @@ def _begin(run: Opened, identity: dict[str, Any]) -> None:
     arrays = [(STAGE, "float64"), *CERTIFICATE.items()]
     run.folder.begin_store(
         STAGE, run.task_identity, identity, {"n_rows": n_train, "block_rows": block_rows},
-        [array_layout(path, n_train, (), kind, block_rows) for path, kind in arrays],
+        [array_layout(path, n_train, (), kind, block_rows, rows="train") for path, kind in arrays],
         Codec("lz4", 5),
     )  # fmt: skip
 

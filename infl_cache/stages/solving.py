@@ -9,10 +9,10 @@ from infl_cache.maths.curvature import Curvature
 from infl_cache.maths.solvers import Identity, Solve, Solver, make_solver
 from infl_cache.maths.solvers.pcg import HISTORY
 from infl_cache.progress import Bar
-from infl_cache.stages.fisher import known_damping, needs_spectrum, with_tiles
+from infl_cache.stages.fisher import with_tiles
 from infl_cache.stages.fits import KeptFit
 from infl_cache.stages.opening import Opened, log
-from infl_cache.stages.spectrum import advice, chosen_damping, known_spectrum
+from infl_cache.stages.spectrum import advice, chosen_damping, known_damping, known_spectrum, needs_spectrum
 from infl_cache.stages.system import curvature_kind, curvature_samples, damped_curvature, solve_dtype
 
 MAX_RIGHT_HAND_SIDES = 128
@@ -68,7 +68,7 @@ def prepared(run: Opened, forms: Forms, sides: int, products: Products, stage: s
 
 def system(run: Opened, forms: Forms, sides: int, products: Products, stage: str) -> tuple[Solver, Curvature]:
     """The solver and the damped curvature, whose damping and spectrum the plan of `stage` keeps."""
-    spectrum = known_spectrum(run, forms, products.note, stage) if needs_spectrum(run) else None
+    spectrum = known_spectrum(run, forms, products.note, stage) if needs_spectrum(run.options.stest) else None
     damping = known_damping(run) if spectrum is None else chosen_damping(run, spectrum)
     for text in [] if spectrum is None else advice(run, spectrum, damping):
         products.note(text)

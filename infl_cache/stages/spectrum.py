@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
-from infl_cache.errors import BadInput
+from infl_cache.config import StestOptions
 from infl_cache.maths.capture import Forms
-from infl_cache.maths.curvature import Spectrum, spectrum_of
+from infl_cache.maths.curvature import Spectrum, require_finite, spectrum_of
 from infl_cache.stages.opening import Opened
 from infl_cache.stages.system import curvature_kind, curvature_samples, damped_curvature
 
@@ -20,6 +20,21 @@ SPECTRUM_SAMPLES = 4096
 AUTO_FRACTION = 1e-3
 # An indefinite operator is moved this much further than its smallest eigenvalue asks for.
 AUTO_MARGIN = 1.5
+
+
+def needs_spectrum(options: StestOptions) -> bool:
+    """Whether the curvature is looked at before: by what chooses from it, iterates, or is to be warned.
+
+    `fisher` and `ekfac` invert what they have made, and a sum of squares is never indefinite.
+    """
+    made = options.solver == "fisher" or (options.solver == "ekfac" and curvature_kind(options) != "hessian")
+    return options.damping == "auto" or not made
+
+
+def known_damping(run: Opened) -> float:
+    """The damping, where it does not hang on a spectrum."""
+    asked = run.options.stest.damping
+    return 0.0 if asked == "auto" else asked
 
 
 def known_spectrum(run: Opened, forms: Forms, note: Callable[[str], None], stage: str = "stest") -> Spectrum:
@@ -38,11 +53,7 @@ def estimated_spectrum(run: Opened, forms: Forms, note: Callable[[str], None]) -
     operator = damped_curvature(run, forms, 1, -run.task.weight_decay, rows, tick=run.check, note=note)
     like = torch.empty(0, dtype=operator.dtype, device=run.device)
     found = spectrum_of(operator, run.parameters.size, like)
-    if not math.isfinite(found.largest):
-        raise BadInput(
-            "curvature: expected finite products, found NaN or Inf; look at the training samples' losses, or"
-            " leave samples without a finite gradient out by --nonfinite skip"
-        )
+    require_finite(math.isfinite(found.largest))
     if operator.kind != "hessian":  # a sum of squares; what the estimate finds below zero is its own margin
         found = dataclasses.replace(found, smallest=max(0.0, found.smallest))
     return found, len(rows)

@@ -147,7 +147,8 @@ def _begin(run: Opened, identity: dict[str, Any], tests: Sequence[int]) -> None:
     run.folder.begin_store(
         "stest", run.task_identity, identity, plan,
         # A row that nobody wrote belongs to no test sample: its index is -1.
-        [array_layout(path, len(tests), shape, kind, block_rows, fill=-1 if path == "index" else 0)
+        [array_layout(path, len(tests), shape, kind, block_rows, fill=-1 if path == "index" else 0, rows="row",
+                      columns="parameter")
          for path, shape, kind in columns_of(size, identity["stored_dtype"])],
         Codec("lz4", 5),
     )  # fmt: skip

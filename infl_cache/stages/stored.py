@@ -20,6 +20,8 @@ from infl_cache.maths.parts import Part
 # numpy has no bfloat16: its bits are stored, and the array's attributes say so.
 BITS = {"bfloat16": "uint16", "float16": "float16"}
 EXPONENT = "_exponent"
+# What the axes of the arrays are called in their metadata.
+ROWS, COLUMNS = "train", "dense_parameter"
 PER_SAMPLE = (("loss", "float64"), ("target", "float64"), ("digest", "uint64"))
 
 
@@ -39,10 +41,13 @@ def layouts(forms: Forms, n_train: int, dtype: str, block_rows: int, gradients: 
     """The arrays of the store: the gradients (unless they are not kept), and what is kept for each sample."""
     found = []
     for path, shape, kind in gradient_arrays(forms, dtype) if gradients else []:
-        found.append(array_layout(path, n_train, shape, BITS.get(kind, kind), block_rows, kind))
+        columns = COLUMNS if path == "dense" else ""
+        found.append(
+            array_layout(path, n_train, shape, BITS.get(kind, kind), block_rows, kind, rows=ROWS, columns=columns)
+        )
         if kind in NARROW:
-            found.append(array_layout(path + EXPONENT, n_train, (), "int16", block_rows))
-    return found + [array_layout(path, n_train, (), kind, block_rows) for path, kind in PER_SAMPLE]
+            found.append(array_layout(path + EXPONENT, n_train, (), "int16", block_rows, rows=ROWS))
+    return found + [array_layout(path, n_train, (), kind, block_rows, rows=ROWS) for path, kind in PER_SAMPLE]
 
 
 def arrays_of(forms: Forms, captured: Captured, dtype: str) -> dict[str, Tensor]:

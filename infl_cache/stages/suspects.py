@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,17 +12,17 @@ from numpy.typing import NDArray
 from infl_cache.disk.durable import write_atomically
 from infl_cache.disk.layout import Block
 from infl_cache.disk.run import RunFolder
-from infl_cache.maths.samples import fetch
 from infl_cache.maths.task import Task
 from infl_cache.stages.columns import stored_column
-from infl_cache.stages.opening import Opened, as_stored, log
-from infl_cache.stages.rendering import label_text, picture_of
-from infl_cache.stages.report import show
+from infl_cache.stages.figures.canvas import picture
+from infl_cache.stages.figures.suspects import draw_suspects
+from infl_cache.stages.opening import Opened, as_stored
+from infl_cache.stages.rendering import label_text
 
 FILE, PICTURE = "self_influence.npz", "report/self_influence.png"
 # Arrays of the store beside the values, and their types.
 CERTIFICATE = {"residual": "float64", "iterations": "int64", "converged": "bool"}
-SHOWN, DRAWN, ACROSS = 10, 16, 8
+SHOWN = 10
 
 
 def column(folder: RunFolder, name: str) -> NDArray[Any]:
@@ -72,52 +71,7 @@ def suspects_report(folder: RunFolder, task: Task | None) -> str:
     for index in ids[:SHOWN].tolist():
         label = label_text(labels[index], classes)
         lines.append(f"{index:>8} {label:>8} {values[index]:>15.3e} {losses[index]:>10.3g}")
-    picture = draw(folder.path / PICTURE, task, values, ids, labels) if task is not None else None
-    return "\n".join(lines) + (f"\n\n{picture}" if picture else "")
-
-
-def draw(
-    path: Path, task: Task, values: NDArray[np.float64], ids: NDArray[np.int64], labels: NDArray[np.float64]
-) -> Path | None:
-    """One PNG: the distribution, its largest values marked, and these samples themselves where they are pictures.
-
-    None, and a note, where matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.warning("no picture: matplotlib is not installed; pip install 'infl_cache[figures]'")
-        return None
-    top = ids[:DRAWN].tolist()
-    pictures = [picture_of(fetch(task.train, index, "train")) for index in top]
-    rows = -(-len(top) // ACROSS) if all(each is not None for each in pictures) else 0
-    figure = Figure(figsize=(9.6, 3.2 + 1.6 * rows), layout="constrained")
-    grid = figure.add_gridspec(1 + rows, ACROSS, height_ratios=[2.2, *[1] * rows])
-    _histogram(figure.add_subplot(grid[0, :]), values, ids)
-    for place, index in enumerate(top if rows else ()):
-        title = f"train {index}\n{label_text(labels[index], task.classes)}: {values[index]:.1e}"
-        axis = figure.add_subplot(grid[1 + place // ACROSS, place % ACROSS])
-        show(axis, pictures[place], title, "tab:red")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, buffer.getvalue())
-    return path
-
-
-def _histogram(axis: Any, values: NDArray[np.float64], ids: NDArray[np.int64]) -> None:
-    """All positive values over a log axis, the largest as red strokes."""
-    positive = values[values > 0]
-    if len(positive):
-        low, high = np.log10(positive.min()), np.log10(positive.max())
-        axis.hist(positive, bins=np.logspace(low - 0.02, high + 0.02, 60), color="tab:blue")
-        axis.set_xscale("log")
-    for value in values[ids[:DRAWN]]:
-        if value > 0:
-            axis.axvline(value, ymax=0.25, color="tab:red", linewidth=1.2)
-    rest = len(ids) - len(positive)
-    axis.set_title(f"Self-influence of {len(ids):,} training samples" + (f"; {rest:,} not above zero" if rest else ""))
-    axis.set_xlabel(f"self-influence (red: the {min(DRAWN, len(ids))} largest)")
-    axis.set_ylabel("training samples")
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    path = None
+    if task is not None:
+        path = picture(folder.path / PICTURE, lambda: draw_suspects(task, values, ids, labels))
+    return "\n".join(lines) + (f"\n\n{path}" if path else "")

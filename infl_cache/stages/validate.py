@@ -22,12 +22,13 @@ from infl_cache.interrupt import stop_between_blocks
 from infl_cache.maths.params import select
 from infl_cache.maths.task import Task
 from infl_cache.stages.columns import stored_column
+from infl_cache.stages.figures.canvas import picture
+from infl_cache.stages.figures.scatter import draw_scatter
 from infl_cache.stages.opening import as_asked, choose_device, log, memory_budget
 from infl_cache.stages.rankings import require_matrix
 from infl_cache.stages.removals import Ids, complements, groups, single_points
 from infl_cache.stages.retrain import Setting, measures
 from infl_cache.stages.same import check_same_identity, check_same_task
-from infl_cache.stages.scatter import draw_scatter
 from infl_cache.stages.tiles import FINAL, require_sound_matrix
 from infl_cache.stages.validation import Validation, figures_of
 
@@ -199,4 +200,4 @@ def written(folder: RunFolder, found: Validation, asked: ValidateOptions) -> Val
     make_folders(path.parent)
     facts = {"influence": folder.fingerprint("influence"), "options": dataclasses.asdict(asked)}
     write_atomically(path, found.to_json(**facts))
-    return dataclasses.replace(found, picture=draw_scatter(path.with_suffix(".png"), found))
+    return dataclasses.replace(found, picture=picture(path.with_suffix(".png"), lambda: draw_scatter(found)))

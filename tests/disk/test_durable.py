@@ -14,7 +14,7 @@ from infl_cache.disk.durable import (
     disk_full_is_said,
     remove,
     sync_file,
-    sync_folders,
+    sync_together,
     write_atomically,
 )
 from infl_cache.errors import DiskFull
@@ -74,8 +74,24 @@ def test_syncing_folders_syncs_each_of_them_once(tmp_path, calls):
     folders = [tmp_path / name for name in ("b", "a")]
     for folder in folders:
         folder.mkdir()
-    sync_folders([*folders, *folders])
+    sync_together([*folders, *folders])
     assert sorted(inode for _, inode, _ in calls) == sorted(folder.stat().st_ino for folder in folders)
+
+
+def test_one_sync_of_several_that_fails_is_not_lost(tmp_path, monkeypatch):
+    files, fsync = [tmp_path / f"{number}" for number in range(5)], os.fsync
+    for file in files:
+        file.write_bytes(b"data")
+    bad = files[3].stat().st_ino
+
+    def failing(descriptor):
+        if os.fstat(descriptor).st_ino == bad:
+            raise OSError(errno.EIO, "input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="input/output"):
+        sync_together(files)
 
 
 def test_syncing_a_file_leaves_no_descriptor_open_even_when_it_fails(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The door to zarr: what is put in comes out, and damage is an error that names its place and never a crash."""
 
+import dataclasses
 import json
 import math
 from unittest import mock
@@ -14,7 +15,7 @@ from numpy.testing import assert_array_equal
 from infl_cache.disk import layout as layout_module
 from infl_cache.disk.codecs import Codec
 from infl_cache.disk.durable import crc32c, crc32c_of_file
-from infl_cache.disk.layout import ArrayLayout, array_layout, blocks, chunk_keys
+from infl_cache.disk.layout import ArrayLayout, Block, array_layout, blocks, chunk_keys
 from infl_cache.disk.store import METADATA, Store, create_store
 from infl_cache.errors import DamagedStore
 
@@ -246,3 +247,27 @@ def test_truncated_and_flipped_chunks_are_errors_and_never_crash_the_interpreter
     for name, message in told:
         assert "s/x: rows 4 to 7 cannot be read" in message, f"{name}: {message}"
         assert "--force" in message
+
+
+def test_axes_are_named_in_the_metadata_and_change_nothing_else(tmp_path):
+    named = [array_layout("a/x", 8, (3, 2), "float32", 4, rows="train"), array_layout("y", 8, (5,), "float32", 4)]
+    older = [dataclasses.replace(each, axes=()) for each in named]
+    content = {}
+    for name, layouts in (("named", named), ("older", older)):
+        create_store(tmp_path / name, layouts, LZ4)
+        store = Store(tmp_path / name, layouts, "r+", LZ4)
+        store.write_block(Block(0, 0, 4), {"a/x": np.ones((4, 3, 2), "f4"), "y": np.ones((4, 5), "f4")})
+        files = {each.relative_to(tmp_path / name): each for each in (tmp_path / name).rglob("*") if each.is_file()}
+        content[name] = {path: file.read_bytes() for path, file in files.items()}
+    metadata = {
+        name: {p: json.loads(data) for p, data in files.items() if p.name == METADATA}
+        for name, files in content.items()
+    }
+    named_axes = {str(p.parent): each.pop("dimension_names", None) for p, each in metadata["named"].items()}
+    assert named_axes == {".": None, "a": None, "a/x": ["train", "x_1", "x_2"], "y": ["sample", "y_1"]}
+    older_axes = {str(p.parent): each.pop("dimension_names", None) for p, each in metadata["older"].items()}
+    assert older_axes["a/x"] == ["sample", "axis1", "axis2"]
+    assert metadata["named"] == metadata["older"]
+    chunks = [{p: data for p, data in files.items() if p.name != METADATA} for files in content.values()]
+    assert chunks[0] == chunks[1]
+    assert len(chunks[0]) == 2

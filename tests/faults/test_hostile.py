@@ -68,6 +68,7 @@ def finished(tmp_path_factory):
     run.self_influence()
     (run.path / "report").mkdir()
     (run.path / "report" / "influence.png").write_bytes(b"a picture")
+    (run.path / "report" / "index.html").write_bytes(b"a page")
     return run.path
 
 
@@ -112,7 +113,7 @@ LINKED = (
     "manifest.json", "ledger.sqlite", "run.yaml", "influence.npy", "rankings.npz", "influence_by_layer.npy",
     "by_layer.npz", "self_influence.npz", "grad_z.zarr", "s_test.zarr", "self_influence.zarr", "report",
     "grad_z.zarr/zarr.json", "grad_z.zarr/loss", "grad_z.zarr/loss/c.0", "s_test.zarr/s_test/zarr.json",
-    "report/influence.png", ".lock", "influence.partial.npy", "ledger.sqlite-wal", "x.partial",
+    "report/influence.png", "report/index.html", ".lock", "influence.partial.npy", "ledger.sqlite-wal", "x.partial",
 )  # fmt: skip
 
 
@@ -234,6 +235,7 @@ PLANS = {
     "step": lambda stages: stages["stest"]["plan"].update(samples=[[0, 3, 0]]),
     "shape": lambda stages: stages["grads"]["plan"]["arrays"][0].update(row_shape=[HUGE]),
     "chunk": lambda stages: stages["grads"]["plan"]["arrays"][0].update(chunk_rows=HUGE),
+    "axes": lambda stages: stages["grads"]["plan"]["arrays"][0].update(axes=[{"x": 1}, 2]),
     "chunk shape": lambda stages: stages["grads"]["plan"]["arrays"][0].update(chunk_row_shape=[HUGE, HUGE]),
     "objects": lambda stages: stages["grads"]["plan"]["arrays"][0].update(dtype="O"),
     "dtype": lambda stages: stages["grads"]["plan"]["arrays"][0].update(dtype="exec('x')"),

@@ -1,9 +1,7 @@
 """No room on the disk, in the middle of anything, and places that cannot be written: said, and nothing is lost."""
 
 import contextlib
-import os
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -19,19 +17,6 @@ from tests.faults.test_kills import data_files
 OPTIONS = {"solver": "exact", "damping": 0.1, "progress": False, "block_rows": 4, "test_block_rows": 2, "tile_rows": 2,
            "by_layer": True}  # fmt: skip
 TASK = "tests/faults/data.py:small_task"
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of one megabyte, where this user may mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.geteuid() != 0 or not shutil.which("mount"):
-        pytest.skip("needs root")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True).returncode:
-        pytest.skip("nothing can be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def whole(path):

@@ -1,11 +1,15 @@
 """Runs that an older version began: read where that is possible, else refused in words that say what to do."""
 
+import json
+
 import pytest
 
 from infl_cache import Run
+from infl_cache.disk import layout
 from infl_cache.disk.manifest import fingerprint
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import DamagedStore, ForeignRun
+from infl_cache.stages.verify import verify
 from tests import tasks
 
 QUIET = {"progress": False, "damping": 0.1}
@@ -92,3 +96,40 @@ def test_an_older_stage_2_is_not_carried_on_with_what_it_did_not_know(options, t
     with pytest.raises(ForeignRun, match=rf"{next(iter(options))}: expected .*, found .*--force"):
         Run(run.path, tasks.mlp(), progress=False, **options).stest()
     assert Run(run.path, tasks.mlp(), progress=False, **options).stest(force=True).computed == 4
+
+
+def dimension_names(path):
+    return {
+        str(file.parent.relative_to(path)): json.loads(file.read_text())["dimension_names"]
+        for file in path.rglob("zarr.json")
+        if "dimension_names" in json.loads(file.read_text())
+    }
+
+
+def test_stores_from_before_their_axes_had_names_are_read_repaired_and_extended(tmp_path, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(layout, "axis_names", lambda *given: ())
+        run = Run(tmp_path / "run", tasks.mlp(), solver="exact", test="0:2", **QUIET)
+        run.all()
+        run.self_influence()
+    folder = RunFolder(run.path)
+    with folder.writing():
+        for stage in ("grads", "stest", "self_influence"):
+            for array in folder.manifest.stages[stage]["plan"]["arrays"]:
+                assert list(array.pop("axes")) == []
+        folder._write_manifest()
+    assert dimension_names(run.path)["s_test.zarr/s_test"] == ["sample", "axis1"]
+    again = Run(run.path, tasks.mlp(), test="all", progress=False)
+    assert verify(RunFolder(run.path), show=False).faults == ()
+    (run.path / "grad_z.zarr" / "loss" / "zarr.json").unlink()
+    assert again.verify(repair=True).faults == ()
+    assert [result.computed for result in again.all()] == [0, 2, 2]
+    assert again.self_influence().computed == 0
+    assert dimension_names(run.path)["s_test.zarr/s_test"] == ["sample", "axis1"]
+    new = Run(tmp_path / "new", tasks.mlp(), solver="exact", **QUIET)
+    new.all()
+    assert dimension_names(new.path)["s_test.zarr/s_test"] == ["row", "parameter"]
+    assert dimension_names(new.path)["grad_z.zarr/0/input"] == ["train", "input_1", "input_2"]
+    chunks = [file.relative_to(new.path) for file in new.path.glob("grad_z.zarr/**/c.*")]
+    assert len(chunks) >= 9
+    assert all((new.path / name).read_bytes() == (run.path / name).read_bytes() for name in chunks)

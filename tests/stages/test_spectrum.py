@@ -105,14 +105,32 @@ def test_a_definite_hessian_is_not_advised_against(tmp_path, caplog):
     assert "indefinite" not in caplog.text
 
 
-def test_products_that_are_not_finite_end_the_stage_with_a_remedy(tmp_path):
+@pytest.mark.parametrize("options", [{"damping": "auto"}, {"solver": "ekfac", "damping": 0.1}])
+def test_products_that_are_not_finite_end_the_stage_with_a_remedy(options, tmp_path):
     task = tasks.logistic()
     task.train.tensors[0][3] = torch.inf
     with pytest.raises(BadInput, match=r"expected finite products, found NaN or Inf.*--nonfinite skip"):
-        Run(tmp_path / "r", task, damping="auto", **QUIET).stest()
+        Run(tmp_path / "r", task, **options, **QUIET).stest()
 
 
 def test_automatic_damping_counts_weight_decay():
     spectrum = Spectrum(largest=1.0, smallest=-0.1, mean=0.0, steps=9)
     assert auto_damping(spectrum, 0.04) == pytest.approx(0.09)
     assert auto_damping(spectrum, 0.2) == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(
+    ("options", "looks"),
+    [
+        ({"solver": "ekfac"}, False),
+        ({"solver": "fisher"}, False),
+        ({"solver": "cg"}, True),
+        ({"solver": "ekfac", "damping": "auto"}, True),
+        ({"solver": "ekfac", "curvature": "hessian"}, True),
+    ],
+)
+def test_only_who_chooses_or_is_to_be_warned_looks_at_the_spectrum(options, looks, tmp_path):
+    run = Run(tmp_path / "r", tasks.mlp(), **{"damping": 0.1, **options}, **QUIET)
+    run.grads()
+    run.stest()
+    assert ("spectrum" in kept(run.path)) == looks

@@ -7,7 +7,7 @@ r"""Products with the curvature of the training loss, K vectors in one pass over
 were captured, `operator` is what the solvers see, `spectrum` estimates its eigenvalues.
 """
 
-from infl_cache.maths.curvature.operator import Curvature
+from infl_cache.maths.curvature.operator import Curvature, require_finite
 from infl_cache.maths.curvature.rows import Rows, captured, output_rows, remembered
 from infl_cache.maths.curvature.spectrum import Spectrum, spectrum_of
 
@@ -18,5 +18,6 @@ __all__ = [
     "captured",
     "output_rows",
     "remembered",
+    "require_finite",
     "spectrum_of",
 ]

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from infl_cache.errors import BadInput
 from infl_cache.maths.curvature.jacobian import Jacobian, product
 from infl_cache.maths.curvature.products import batch_product
 from infl_cache.maths.curvature.rows import Rows
@@ -91,3 +92,12 @@ class Curvature:
             self.tick()
             total += batch_product(self.task, self.parameters, self.kind, batch, vectors, self.note)
         return total.div_(n).add_(vectors, alpha=self.shift)
+
+
+def require_finite(finite: bool) -> None:
+    """`BadInput` where what is made of the training samples is not finite."""
+    if not finite:
+        raise BadInput(
+            "curvature: expected finite products, found NaN or Inf; look at the training samples' losses, or"
+            " leave samples without a finite gradient out by --nonfinite skip"
+        )

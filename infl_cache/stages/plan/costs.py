@@ -37,7 +37,7 @@ class Sizes:
     """Training samples of the curvature, test samples, parameters; bytes a number, bytes of memory.
 
     `together` test samples are solved at once, `batch` are the samples of a step of lissa; `nystrom` says whether pcg
-    has that preconditioner, `looks` whether fisher looks at the spectrum.
+    has that preconditioner, `looks` whether fisher and ekfac look at the spectrum.
     """
 
     n_train: int
@@ -153,10 +153,11 @@ def solver_choice(name: str, costs: Costs, sizes: Sizes, needed: Iterations, dep
         return Choice(name, sides, vectors)
     if name == "fisher":
         return _fisher(costs, sizes, sides + (costs.spectrum(sizes) if sizes.looks else 0.0), vectors)
-    sides += costs.spectrum(sizes)
     if name == "ekfac":
-        seconds = sides + _ekfac(costs, sizes) + _checked(costs, sizes)
+        looks = costs.spectrum(sizes) if sizes.looks else 0.0
+        seconds = sides + looks + _ekfac(costs, sizes) + _checked(costs, sizes)
         return Choice(name, seconds, vectors + held + passing + _bases(costs, sizes))
+    sides += costs.spectrum(sizes)
     if name == "exact":
         return _exact(costs, sizes, sides)
     if name == "lissa":

@@ -59,7 +59,7 @@ def sizes_of(
     curved = min(n_train, options.curvature_samples or n_train)
     batch = min(curved, options.sample_batch or FIRST_BATCH)
     return Sizes(curved, n_test, size, together, itemsize, budget, batch, options.preconditioner == "nystrom",
-                 options.damping == "auto")  # fmt: skip
+                 options.damping == "auto" or options.curvature == "hessian")  # fmt: skip
 
 
 def plan_stest(

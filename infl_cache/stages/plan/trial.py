@@ -30,8 +30,9 @@ from infl_cache.stages.spectrum import auto_damping
 from infl_cache.stages.stest import columns_of
 from infl_cache.stages.system import OUTPUTS_A_SIDE, curvature_kind, curvature_samples, damped_curvature, solve_dtype
 
-# Training samples of a trial solve, and of the look that says how many a moment allows.
-TRAIN, FIRST = 512, 8
+# Training samples of a trial solve: at most, at the least (of fewer too many units are dead, and s_test is too full of
+# zeros that compress), and of the look that says how many a moment allows.
+TRAIN, LEAST, FIRST = 512, 32, 8
 # Seconds that the rows of the trial, its Lanczos steps, and its iterations may take.
 CAPTURE_SECONDS, SPECTRUM_SECONDS, SOLVE_SECONDS = 0.4, 0.5, 0.8
 # Samples that the forms of a trial are proved on: the stage proves them on more.
@@ -153,7 +154,7 @@ def _system(run: Opened, forms: Forms, sizes: Sizes) -> tuple[Curvature, Costs]:
         return replace(operator, rows=None), replace(costs, row_bytes=0)
     room = sizes.budget // 3 // max(1, costs.row_bytes)
     quick = CAPTURE_SECONDS / max(1e-9, seconds)
-    operator = over(max(FIRST, int(min(TRAIN, room, quick))))
+    operator = over(max(FIRST, int(min(TRAIN, room, max(LEAST, quick)))))
     return operator, replace(costs, capture=_captured(operator)[1])
 
 

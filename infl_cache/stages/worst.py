@@ -1,0 +1,46 @@
+"""Test samples with their strongest training samples: those of largest loss, or those that are named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from infl_cache.disk.run import RunFolder
+from infl_cache.stages import rank
+from infl_cache.stages.columns import stored_column
+from infl_cache.stages.rankings import stored_length, strongest
+from infl_cache.stages.tiles import matrix_tests
+
+NEIGHBOURS = 5
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A test sample with what the stores know of it, and its strongest training samples."""
+
+    index: int
+    label: float
+    prediction: float
+    loss: float
+    helpful: rank.Ranking
+    harmful: rank.Ranking
+
+
+def worst_test_samples(folder: RunFolder, count: int) -> list[Asked]:
+    """Of the test samples asked about, those of largest loss: the predictions people ask about first."""
+    losses, tests = stored_column(folder, "stest", "loss"), matrix_tests(folder)
+    worst = tests[np.argsort(-np.nan_to_num(losses[tests]), kind="stable")[:count]]
+    return with_neighbours(folder, worst.tolist(), stored_length(folder, None, NEIGHBOURS))
+
+
+def with_neighbours(folder: RunFolder, tests: Sequence[int], k: int) -> list[Asked]:
+    """These test samples, which the run was asked about, and the k training samples of either end."""
+    losses, labels, predictions = (stored_column(folder, "stest", name) for name in ("loss", "target", "prediction"))
+    with strongest(folder) as ranking:
+        return [
+            Asked(index, labels[index], predictions[index], losses[index],
+                  ranking("helpful", index, k), ranking("harmful", index, k))
+            for index in tests
+        ]  # fmt: skip

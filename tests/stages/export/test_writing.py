@@ -1,0 +1,82 @@
+"""Which rows go into which format, and a file that is the old one or the whole new one."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from infl_cache import BadInput, Run
+from infl_cache.stages.export import export, writing
+from tests import tasks
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    made = Run(tmp_path_factory.mktemp("run") / "r", tasks.mlp(), damping=0.1, solver="exact", progress=False)
+    made.all()
+    return made
+
+
+def test_json_and_csv_hold_the_matrix_and_its_ends(run, tmp_path):
+    matrix = np.array(run.scores())
+    found = json.loads(export(run.folder, "json", tmp_path / "a.json", show=False).read_text())
+    assert found == json.loads(export(run.folder, "json", tmp_path / "b.json", "all", show=False).read_text())
+    assert list(found) == ["0", "1", "2", "3"]
+    for j, row in enumerate(matrix):
+        entry = found[str(j)]
+        assert np.float32(entry["influence"]).tolist() == row.tolist()
+        assert entry["helpful"] == np.argsort(row, kind="stable").tolist()
+        assert entry["harmful"] == np.argsort(-row, kind="stable").tolist()
+        assert entry["label"] == int(run.task.test.tensors[1][j])
+    with open(export(run.folder, "csv", tmp_path / "a.csv", 2, show=False), newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 2 * 2
+    assert [int(row["train_id"]) for row in rows[:4]] == [*np.argsort(matrix[0])[:2], *np.argsort(-matrix[0])[:2]]
+    assert [row["effect"] for row in rows[:4]] == ["helpful"] * 2 + ["harmful"] * 2
+    assert all(float(row["loss_change_if_removed"]) == -float(row["influence"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "top_k", "words"),
+    [
+        ("xml", None, "format: expected one of json, csv, parquet, found 'xml'"),
+        ("csv", 0, "top-k: expected at least 1, found 0"),
+        ("json", -1, "top-k: expected at least 1, found -1"),
+        ("csv", "all", "top-k: expected a number for csv, found all; --format parquet has every pair"),
+        ("parquet", "some", "top-k: expected at least 1, found some; or all"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(run, kind, top_k, words, tmp_path):
+    with pytest.raises(BadInput, match=words):
+        export(run.folder, kind, tmp_path / "x", top_k, show=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "stored_column", None)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for out in (tmp_path / "file" / "x.csv", tmp_path / "folder", tmp_path / ("x" * 300)):
+        with pytest.raises(BadInput, match=r"cannot be written .*; choose another --out"):
+            export(run.folder, "csv", out, show=False)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
+def test_an_export_that_fails_leaves_the_one_before(run, kind, tmp_path, monkeypatch):
+    path = export(run.folder, kind, tmp_path / f"x.{kind}", 3, show=False)
+    before = path.read_bytes()
+
+    def failing(*given):
+        yield next(original(*given))
+        assert path.read_bytes() == before
+        raise RuntimeError("the lights went out")
+
+    name = "_rows" if kind == "json" else "_ends"
+    original = getattr(writing, name)
+    monkeypatch.setattr(writing, name, failing)
+    with pytest.raises(RuntimeError, match="lights"):
+        export(run.folder, kind, path, 4, show=False)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]

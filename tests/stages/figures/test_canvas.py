@@ -1,0 +1,84 @@
+"""The door to matplotlib: files that are whole and the same, axes of others, and a kind word where it is missing."""
+
+import builtins
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infl_cache import BadInput
+from infl_cache.stages.figures import canvas
+from infl_cache.stages.figures.histogram import Distribution, draw_histogram
+
+pytest.importorskip("matplotlib")
+FOUND = Distribution(np.array([-1.0, 0.0, 1.0]), np.array([3, 4]), 3, 4, 0)
+
+
+@pytest.mark.parametrize(("kind", "head"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_equal_figures_are_equal_files(kind, head, tmp_path):
+    paths = [canvas.save(draw_histogram(FOUND), tmp_path / "new" / f"{name}.{kind}") for name in "ab"]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert paths[0].read_bytes().startswith(head)
+    assert sorted(each.name for each in paths[0].parent.iterdir()) == [f"a.{kind}", f"b.{kind}"]
+
+
+def test_a_figure_that_fails_leaves_the_file_before(tmp_path, monkeypatch):
+    path = canvas.save(draw_histogram(FOUND), tmp_path / "a.png")
+    before, figure = path.read_bytes(), draw_histogram(FOUND)
+
+    def failing(buffer, **given):
+        buffer.write(b"half")
+        raise RuntimeError("the lights went out")
+
+    monkeypatch.setattr(figure, "savefig", failing)
+    with pytest.raises(RuntimeError, match="lights"):
+        canvas.save(figure, path)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_axes_of_another_figure_are_drawn_into(tmp_path):
+    figure = canvas.new_figure(8, 4)
+    left, right = figure.subplots(1, 2)
+    assert draw_histogram(FOUND, axes=right) is figure
+    assert (len(left.patches), len(right.patches)) == (0, 2)
+    part = canvas.new_figure(8, 4).subfigures(1, 2)[0]
+    assert draw_histogram(FOUND, axes=part.subplots()) is part
+    canvas.save(part, tmp_path / "whole.png")
+    right.remove()
+    with pytest.raises(BadInput, match="axes: expected axes of a figure"):
+        draw_histogram(FOUND, axes=right)
+
+
+def test_pyplot_is_never_imported():
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
+import infl_cache.plotting, infl_cache.__main__
+assert "matplotlib" not in sys.modules
+import numpy as np
+from infl_cache.stages.figures.histogram import *
+draw_histogram(Distribution(np.array([-1.0, 0.0, 1.0]), np.array([3, 4]), 3, 4, 0)).canvas.draw()
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_kind_word_where_matplotlib_is_missing(tmp_path, monkeypatch, caplog):
+    original = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("matplotlib"):
+            raise ImportError
+        return original(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(
+        BadInput, match=r"figures: expected matplotlib, found none; pip install 'infl_cache\[figures\]'"
+    ):
+        draw_histogram(FOUND)
+    assert canvas.picture(tmp_path / "x.png", lambda: draw_histogram(FOUND)) is None
+    assert "no picture: matplotlib is not installed" in caplog.text
+    assert list(tmp_path.iterdir()) == []
