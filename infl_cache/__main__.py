@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 from infl_cache.arguments import parser
 from infl_cache.config import read_config_file, short
 from infl_cache.disk.configuration import written_by_this_user
-from infl_cache.disk.durable import require_folder, require_writable, write_atomically
+from infl_cache.disk.durable import cannot_be_written, require_folder, require_writable, write_atomically
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput, DamagedStore, InflCacheError, Interrupted
 from infl_cache.maths.load import load_task
@@ -228,6 +228,10 @@ def _select(given: Namespace) -> None:
 
 def _report(given: Namespace) -> None:
     folder, page = RunFolder(Path(given.run)), None
+    if given.task is None and given.figures is None and cannot_be_written(folder.path):
+        log.warning(f"{folder.path} is read-only or another's: the table alone, without page and pictures")
+        _say(folder, None, None)
+        return
     if given.page:
         own = {field.name: given[field.name] for field in dataclasses.fields(PageOptions)}
         page = PageOptions.resolve({name: value for name, value in own.items() if value is not None})

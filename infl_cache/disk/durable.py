@@ -68,8 +68,13 @@ def require_folder(folder: Path) -> None:
     place = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
     if not place.is_dir():
         raise BadInput(f"{place}: expected a folder that can be written in, found a file; move it, or remove it")
-    if not os.access(place, os.W_OK):
+    if cannot_be_written(place):
         raise BadInput(f"{place}: expected a folder that can be written in, found one that is read-only or another's")
+
+
+def cannot_be_written(folder: Path) -> bool:
+    """Whether a folder is there in which this user, or anybody, can write nothing."""
+    return folder.is_dir() and not os.access(folder, os.W_OK)
 
 
 def crc32c_of_file(path: Path, piece: int = 1 << 22) -> int:

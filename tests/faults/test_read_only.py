@@ -43,6 +43,7 @@ def test_what_reads_works(runs, tmp_path, capsys):
     path = runs / "done"
     for words in (["status"], ["verify"], ["report"], ["export", "--out", str(tmp_path / "influence.json")]):
         assert main([words[0], str(path), *words[1:]]) == 0, capsys.readouterr().err
+    assert not (path / "report").exists()
     run = Run(path)
     calm = Run(tmp_path / "calm", small_task(), **OPTIONS)
     calm.all()

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput
 from infl_cache.progress import progress
-from infl_cache.stages.columns import classes_of, stored_column
+from infl_cache.stages.between import Between, Grouped
+from infl_cache.stages.columns import stored_column
 from infl_cache.stages.figures.canvas import DIVERGING, LINE, one_axes
 from infl_cache.stages.rankings import matrix_rows
 from infl_cache.stages.rendering import label_text
-from infl_cache.stages.standings import NO_CLASS
 from infl_cache.stages.tiles import matrix_tests
 
 if TYPE_CHECKING:
@@ -46,29 +46,22 @@ def class_means(folder: RunFolder, show: bool = True) -> ClassMeans:
     Raises `NoClasses`, a `BadInput`, where the labels are no integers, or too many different ones to be shown.
     """
     tests = matrix_tests(folder)
-    test, train = (classes_of(stored_column(folder, stage, "target")) for stage in ("stest", "grads"))
+    test, train = (
+        Grouped.of(stored_column(folder, stage, "target"), among, MOST_CLASSES)
+        for stage, among in (("stest", tests), ("grads", None))
+    )
     if test is None or train is None:
         raise NoClasses("classes: expected integer labels of training and test samples, found others")
-    test_labels, down = np.unique(test[tests], return_inverse=True)
-    train_labels, across = np.unique(train, return_inverse=True)
-    if (most := max(len(test_labels), len(train_labels))) > MOST_CLASSES:
-        raise NoClasses(f"classes: expected at most {MOST_CLASSES:,}, found {most:,}")
-    order = np.argsort(across, kind="stable")
-    starts = np.searchsorted(across[order], np.arange(len(train_labels)))
-    total, count = np.zeros((len(test_labels), len(train_labels))), np.zeros((len(test_labels), len(train_labels)))
-    place = 0
+    if test.left_out or train.left_out:
+        found = max(len(each.labels) + each.left_out for each in (test, train))
+        raise NoClasses(f"classes: expected at most {MOST_CLASSES:,}, found {found:,}")
+    between, place = Between(train, test), 0
     with progress("classes", len(tests), unit="test sample", show=show) as bar:
         for rows in matrix_rows(folder, tests, ROWS_BYTES):
-            rows, whose = rows[:, order], down[place : place + len(rows)]
-            finite = np.isfinite(rows)
-            np.add.at(total, whose, np.add.reduceat(np.where(finite, rows, 0), starts, axis=1, dtype=np.float64))
-            np.add.at(count, whose, np.add.reduceat(finite, starts, axis=1, dtype=np.float64))
+            between.add(tests[place : place + len(rows)], rows)
             place += len(rows)
             bar.advance(len(rows))
-    with np.errstate(invalid="ignore"):
-        means = total / count
-    known = np.ix_(test_labels != NO_CLASS, train_labels != NO_CLASS)
-    return ClassMeans(test_labels[test_labels != NO_CLASS], train_labels[train_labels != NO_CLASS], means[known])
+    return ClassMeans(np.array(test.labels), np.array(train.labels), between.means.T)
 
 
 def draw_classes(found: ClassMeans, sign: int = 1, names: Any = None, axes: Axes | None = None) -> AnyFigure:

@@ -8,7 +8,7 @@ import pytest
 from infl_cache import Run
 from infl_cache.disk.matrix import MatrixFile
 from infl_cache.stages.page import totals as stage
-from infl_cache.stages.page.totals import Between, Grouped, Sizes, totals
+from infl_cache.stages.page.totals import Sizes, totals
 from tests import tasks
 
 
@@ -42,31 +42,6 @@ def test_the_smallest_and_the_largest_numbers_have_a_place(value):
     found = sizes.as_json()
     assert (sum(found["negative"]), sum(found["positive"])) == (1, 1)
     assert found["edges"][-2] <= float(np.float32(value)) < found["edges"][-1]
-
-
-def test_class_means_are_those_of_the_whole_matrix():
-    matrix = matrix_of(30, 200)
-    generator = np.random.default_rng(1)
-    train, test = generator.integers(0, 4, 200) * 10.0, generator.integers(-1, 2, 30).astype(float)
-    test[3] = np.nan
-    between = Between(Grouped.of(train), Grouped.of(test))
-    for start in range(0, 30, 7):
-        between.add(np.arange(start, min(30, start + 7)), matrix[start : start + 7])
-    found = between.as_json()
-    assert (found["train"], found["test"]) == ([0, 10, 20, 30], [-1, 0, 1])
-    for row, a in enumerate(found["train"]):
-        for column, b in enumerate(found["test"]):
-            part = matrix[test == b][:, train == a].astype(np.float64)
-            part = part[np.isfinite(part)]
-            assert np.isclose(found["mean"][row, column], part.mean(), rtol=1e-12)
-            assert found["pairs"][row, column] == part.size
-
-
-def test_of_very_many_classes_the_largest_are_kept(monkeypatch):
-    monkeypatch.setattr(stage, "MOST_CLASSES", 2)
-    found = Grouped.of(np.array([5.0, 5, 5, 1, 7, 7, np.nan]))
-    assert (found.labels, found.left_out, found.place.tolist()) == ([5, 7], 1, [0, 0, 0, -1, 1, 1, -1])
-    assert Grouped.of(np.array([0.5, 1.0])) is None
 
 
 def test_a_matrix_of_50_000_by_1_000_passes_in_parts(monkeypatch):
