@@ -267,7 +267,7 @@ def test_a_repair_that_was_killed_is_carried_on(run, calm, monkeypatch):
 def test_a_repair_that_is_killed_at_any_step_is_carried_on(calm, tmp_path):
     """Of the two claims and four commits of this repair, before and after each."""
     stopped = 0
-    for lines in range(1, 12, times(3, 1)):
+    for lines in range(1, 12, times(6, 1)):
         run = Run(shutil.copytree(calm.path, tmp_path / str(lines)), task(), by_layer=True, **OPTIONS)
         for name, how in ((CHUNK, "half"), ("grad_z.zarr/loss/c.0", "gone"), ("influence.npy", "flip 130"),
                           ("influence.npy", "flip -4")):  # fmt: skip

@@ -176,7 +176,7 @@ def test_what_the_ledger_calls_done_is_right():
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=times(4, 30), stateful_step_count=times(8, 20), deadline=None, suppress_health_check=checks,
+            max_examples=times(3, 30), stateful_step_count=times(8, 20), deadline=None, suppress_health_check=checks,
             database=None, print_blob=True,
         ),
     )  # fmt: skip

@@ -21,7 +21,7 @@ from tests.faults.data import small_task
 from tests.faults.powercut import CONTENTS, NAMES, Disk
 from tests.faults.test_kills import data_files
 
-CUTS = times(16, 240)
+CUTS = times(9, 240)
 COMMON = {"damping": 0.1, "progress": False, "block_rows": 8, "test_block_rows": 2, "tile_rows": 2}
 RUNS = {
     "all": {**COMMON, "solver": "exact", "by_layer": True},
