@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -290,6 +292,29 @@ def test_each_row_goes_the_way_it_goes_alone():
     assert len(set(together.iterations.tolist())) > 1
     assert together.iterations.tolist() == [int(each.iterations) for each in alone]
     assert relative_error(together.value, torch.cat([each.value for each in alone])) < 1e-10
+
+
+def test_rows_that_take_larger_batches_at_different_times_draw_them_together():
+    # Of no size more batches than the row that alone draws most of that size.
+    task = logistic(n_train=600)
+    with operator_of(task, damping=0.02, size=256) as operator:
+        rhs = normal(12, operator(gradient_rows(task, [0], data="test")).shape[1])
+        for k in range(3, 12, 3):
+            rhs[k : k + 3] = operator(rhs[k - 3 : k])
+        drawn, pick = [], operator.pick
+        object.__setattr__(operator, "pick", lambda indices: drawn.append(len(indices)) or pick(indices))
+
+        def counted(rows):
+            drawn.clear()
+            found = solve(operator, rows, LiSSA(tolerance=1e-3, scale=2.0, depth=2000))
+            return Counter(drawn), found
+
+        together, found = counted(rhs)
+        alone = [counted(rhs[k : k + 1]) for k in range(12)]
+    assert len({tuple(sorted(each.items())) for each, _ in alone}) > 3, "rows of different ways"
+    for size, count in together.items():
+        assert count <= max(each[size] for each, _ in alone)
+    assert found.iterations.tolist() == [int(each.iterations) for _, each in alone]
 
 
 def test_the_scale_is_estimated_once_for_all_blocks(monkeypatch):
