@@ -243,6 +243,26 @@ def test_the_collate_fn_of_the_loaders_is_respected(config, tmp_path):
         ptif.calc_img_wise(config, given.model, given.trainloader, old().testloader)
 
 
+def one_doubled(sample):
+    return 2 * sample[0], sample[1]
+
+
+def test_a_loader_without_batches_has_its_collate_fn_called_on_single_samples(config, tmp_path):
+    found = [
+        ptif.calc_img_wise({**config, "solver": "identity", "outdir": str(tmp_path / str(k))}, *old(**loader).given)[0]
+        for k, loader in enumerate(
+            ({"batch_size": None, "collate_fn": one_doubled, "shuffle": False}, {"collate_fn": doubled})
+        )
+    ]
+    np.testing.assert_array_equal(matrix(found[0]), matrix(found[1]))
+
+
+def test_num_classes_alone_says_nothing(given, config):
+    config.update(solver="identity", num_classes=2)
+    assert len(ptif.calc_img_wise(config, *given.given)[0]) == 12
+    assert list(ptif.calc_img_wise({**config, "test_sample_num": 1}, *given.given)[0]) == ["0", "1"]
+
+
 def squared(outputs, targets):
     return (outputs.squeeze(1) - targets) ** 2
 
