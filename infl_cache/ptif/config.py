@@ -72,7 +72,7 @@ class Config:
     test_sample_ids: list[int] | None = field(
         default=None, metadata={"help": "test samples by their ids, in place of the two above"}
     )
-    num_classes: int | None = option(None, "with test_sample_num: classes 0 to num_classes - 1 alone", 1)
+    num_classes: int | None = option(None, "with a number or start of each class: classes below it alone", 1)
     recursion_depth: int = option(5000, "most steps of a LiSSA recursion", 1)
     r: int = option(1, "most LiSSA recursions that are averaged", 1)
     damp: float | Literal["auto"] | None = option(
@@ -131,6 +131,24 @@ class Config:
             elif value not in (defaults[name], found[name]):
                 raise BadInput(f"config: expected one of {key} and {name}, found {short(value)} and {found[name]!r}")
         return cls(**found)
+
+    @classmethod
+    def beside(cls, config: Mapping[str, Any] | Config | None, **arguments: Any) -> Config:
+        """The config (None: the defaults) of a function that has arguments of the same names and defaults.
+
+        Raises `BadInput` where both say something else than the default, and not the same.
+        """
+        found, defaults = cls.from_dict(config or {}).to_dict(), cls().to_dict()
+        for name, value in arguments.items():
+            if value == defaults[name]:
+                continue
+            if found[name] not in (defaults[name], value):
+                raise BadInput(
+                    f"{name}: expected {short(value)}, as the argument says, or config[{name!r}] {short(found[name])},"
+                    " found both"
+                )
+            found[name] = value
+        return cls.from_dict(found)
 
     def to_dict(self) -> dict[str, Any]:
         """The dict that `from_dict` takes, of what JSON can hold."""
