@@ -64,7 +64,7 @@ class Config:
     json_filename: str | None = option(None, "name of the JSON file; influence_results_START_NUM.json if None")
     log_filename: str | None = option(None, "file that is logged to besides stdout")
     display_progress: bool = option(True, "progress bars")
-    seed: int = option(42, "seed of the sampling of LiSSA", 0)
+    seed: int = option(42, "seed of the sampling of LiSSA, and of curvature_samples", 0)
     gpu: int = option(-1, "GPU id, -1 for the CPU", -1)
     calc_method: Literal["img_wise", "all_grad_then_test"] = option("img_wise", "which mode calc_influences takes")
     test_sample_start_per_class: int = option(False, "test samples of each class to leave out first; False: none")
@@ -193,7 +193,9 @@ class Config:
     def numbers(self) -> dict[str, Any]:
         """The keys that decide what comes out."""
         own = {key: value for key, value in self.to_dict().items() if key not in (*ELSEWHERE, "options")}
-        unused = ("recursion_depth", "r", "scale", "readjust", "seed") if self.solver != "lissa" else ()
+        unused = {"recursion_depth", "r", "scale", "readjust", "seed"} if self.solver != "lissa" else set()
+        if self.options.get("curvature_samples") is not None:  # they are drawn by it
+            unused.discard("seed")
         resources = {name for name, section, _ in option_fields() if section == "resources"}
         beside = {f"options.{key}": value for key, value in self.options.items() if key not in resources}
         return {key: value for key, value in {**own, **beside}.items() if key not in unused}

@@ -180,6 +180,16 @@ def test_results_of_another_config_or_nobody_are_refused_unless_forced(given, co
         ptif.calc_img_wise(changed, *given.given)
 
 
+def test_results_by_another_seed_are_others_wherever_the_seed_decides_a_number(given, config):
+    config.update(solver="cg", options={"curvature_samples": 8})
+    first = ptif.calc_img_wise({**config, "seed": 1}, *given.given)
+    with pytest.raises(ForeignRun, match="seed: 1 there, 2 here"):
+        ptif.calc_img_wise({**config, "seed": 2}, *given.given)
+    assert ptif.calc_img_wise({**config, "seed": 2, "force": True}, *given.given) != first
+    config.update(outdir=f"{config['outdir']}/all", options={})
+    assert ptif.calc_img_wise({**config, "seed": 1}, *given.given) == ptif.calc_img_wise(config, *given.given)
+
+
 def test_a_run_folder_of_another_config_is_refused_in_words_of_the_config_unless_forced(given, config, tmp_path):
     config.update(solver="cg", save_pth=str(tmp_path / "kept"), json_filename="one")
     ptif.calc_all_grad_then_test(config, *given.given)
