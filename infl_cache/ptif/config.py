@@ -137,6 +137,9 @@ class Config:
         """The config (None: the defaults) of a function that has arguments of the same names and defaults.
 
         Raises `BadInput` where both say something else than the default, and not the same.
+
+        >>> Config.beside({"damp": 0.5}, damp=0.01, r=3).to_dict()["damp"]
+        0.5
         """
         found, defaults = cls.from_dict(config or {}).to_dict(), cls().to_dict()
         for name, value in arguments.items():
