@@ -40,6 +40,7 @@ def trained(loader, weights, epochs=8):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
+    weights.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), weights)
     return model
 
@@ -52,7 +53,7 @@ if __name__ == "__main__":
     config = ptif.get_default_config()
     # The curvature's largest eigenvalue is some 50: LiSSA would need tens of thousands of steps at this damping.
     config.update(test_sample_num=per_class, num_classes=10, solver="cg")
-    model = trained(trainloader, folder / f"net_{n_train}.pt")
+    model = trained(trainloader, Path(f"runs/weights/ptif_cifar10_{n_train}.pt"))
     for name in ("calc_img_wise", "calc_all_grad_then_test"):
         config["outdir"], started = f"runs/ptif_cifar10/{name}", time.perf_counter()
         influences, harmful, helpful = getattr(ptif, name)(config, model, trainloader, testloader)

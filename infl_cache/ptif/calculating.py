@@ -99,10 +99,11 @@ def calc_all_grad_then_test(
 
 
 def _calculated(config: Config, given: tuple[Any, Any, Any, Any, dict[str, Any]], stored: bool) -> Outcome:
+    files = ResultFiles.of(config)
     with logged_to(config.log_filename):
         model, train_loader, test_loader, loss, fields = given
         task = task_of(model, train_loader, test_loader, loss, **fields)
-        tests, files = asked_tests(config, task), ResultFiles.of(config)
+        tests = asked_tests(config, task)
         path = _run_folder(config, files) if stored else files.work
         # A solver that is made of stored gradients needs them; in the mode without a store they go in the end.
         kept = stored or "fisher" in (config.solver, config.curvature)

@@ -64,7 +64,7 @@ class Config:
     json_filename: str | None = option(None, "name of the JSON file; influence_results_START_NUM.json if None")
     log_filename: str | None = option(None, "file that is logged to besides stdout")
     display_progress: bool = option(True, "progress bars")
-    seed: int = option(42, "seed of the sampling of LiSSA", 0)
+    seed: int = option(42, "seed of the sampling of LiSSA, and of curvature_samples", 0)
     gpu: int = option(-1, "GPU id, -1 for the CPU", -1)
     calc_method: Literal["img_wise", "all_grad_then_test"] = option("img_wise", "which mode calc_influences takes")
     test_sample_start_per_class: int = option(False, "test samples of each class to leave out first; False: none")
@@ -72,7 +72,7 @@ class Config:
     test_sample_ids: list[int] | None = field(
         default=None, metadata={"help": "test samples by their ids, in place of the two above"}
     )
-    num_classes: int | None = option(None, "with test_sample_num: classes 0 to num_classes - 1 alone", 1)
+    num_classes: int | None = option(None, "with a number or start of each class: classes below it alone", 1)
     recursion_depth: int = option(5000, "most steps of a LiSSA recursion", 1)
     r: int = option(1, "most LiSSA recursions that are averaged", 1)
     damp: float | Literal["auto"] | None = option(
@@ -132,6 +132,27 @@ class Config:
                 raise BadInput(f"config: expected one of {key} and {name}, found {short(value)} and {found[name]!r}")
         return cls(**found)
 
+    @classmethod
+    def beside(cls, config: Mapping[str, Any] | Config | None, **arguments: Any) -> Config:
+        """The config (None: the defaults) of a function that has arguments of the same names and defaults.
+
+        Raises `BadInput` where both say something else than the default, and not the same.
+
+        >>> Config.beside({"damp": 0.5}, damp=0.01, r=3).to_dict()["damp"]
+        0.5
+        """
+        found, defaults = cls.from_dict(config or {}).to_dict(), cls().to_dict()
+        for name, value in arguments.items():
+            if value == defaults[name]:
+                continue
+            if found[name] not in (defaults[name], value):
+                raise BadInput(
+                    f"{name}: expected {short(value)}, as the argument says, or config[{name!r}] {short(found[name])},"
+                    " found both"
+                )
+            found[name] = value
+        return cls.from_dict(found)
+
     def to_dict(self) -> dict[str, Any]:
         """The dict that `from_dict` takes, of what JSON can hold."""
         return dataclasses.asdict(self)
@@ -175,7 +196,9 @@ class Config:
     def numbers(self) -> dict[str, Any]:
         """The keys that decide what comes out."""
         own = {key: value for key, value in self.to_dict().items() if key not in (*ELSEWHERE, "options")}
-        unused = ("recursion_depth", "r", "scale", "readjust", "seed") if self.solver != "lissa" else ()
+        unused = {"recursion_depth", "r", "scale", "readjust", "seed"} if self.solver != "lissa" else set()
+        if self.options.get("curvature_samples") is not None:  # they are drawn by it
+            unused.discard("seed")
         resources = {name for name, section, _ in option_fields() if section == "resources"}
         beside = {f"options.{key}": value for key, value in self.options.items() if key not in resources}
         return {key: value for key, value in {**own, **beside}.items() if key not in unused}

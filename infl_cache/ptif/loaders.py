@@ -39,8 +39,17 @@ def data_of(loader: Any) -> Any:
 def collate_of(loader: Any) -> Callable[[list[Any]], Any]:
     """What makes a batch of samples."""
     own = loader.collate_fn if isinstance(loader, DataLoader) else default_collate
-    # A loader with batch_size=None makes no batches; its data set has single samples all the same.
-    return default_collate if own is default_convert else own
+    if own is default_convert:
+        return default_collate
+    # A loader with batch_size=None makes no batches: its function is called on what its data set has, single samples.
+    return own if not isinstance(loader, DataLoader) or loader.batch_sampler is not None else _each_by(own)
+
+
+def _each_by(own: Callable[[Any], Any]) -> Callable[[list[Any]], Any]:
+    def collate(samples: list[Any]) -> Any:
+        return default_collate([own(sample) for sample in samples])
+
+    return collate
 
 
 def batch_of(loader: Any) -> int | None:
@@ -88,7 +97,7 @@ def asked_tests(config: Config, task: Task) -> list[int]:
                 f"config['test_sample_ids']: expected ids from 0 to {count - 1}, found {max(config.test_sample_ids)}"
             )
         return sorted(config.test_sample_ids)
-    if not config.test_sample_num and not config.start and config.num_classes is None:
+    if not config.test_sample_num and not config.start:
         return list(range(count))
     by_class = _by_class(task.test, task.collate, task.targets, config.display_progress)
     chosen = _chosen(by_class, config.test_sample_num, config.num_classes, config.start)
@@ -113,6 +122,9 @@ def get_dataset_sample_ids(
     >>> get_dataset_sample_ids(1, data, start_index=1)
     ({0: [4], 1: [2]}, [2, 4])
     """
+    for name, value, least in (("num_samples", num_samples, 1), ("start_index", start_index, 0)):
+        if value is not None and value is not False and (type(value) is not int or value < least):
+            raise BadInput(f"{name}: expected False or a whole number of at least {least}, found {short(value)}")
     found = _by_class(data_of(test_loader), collate_of(test_loader), _last, show=False)
     chosen = _chosen(found, num_samples, num_classes, int(start_index or 0))
     return chosen, sorted(index for ids in chosen.values() for index in ids)

@@ -44,7 +44,7 @@ class Adjusted:
 def adjusted(config: Config, folder: RunFolder, task: Task, options: Options) -> Adjusted:
     """The scale for LiSSA; of other solvers nothing is to be chosen.
 
-    Raises `BadInput` for a scale that diverges, unless `config.readjust`.
+    Raises `BadInput` for a scale that could diverge, unless `config.readjust`.
     """
     if config.solver != "lissa" or config.scale is None:
         return Adjusted(None, {})
@@ -81,7 +81,7 @@ def _adjusted(config: Config, spectrum: Spectrum, shift: float, smallest: float)
     if config.scale <= largest:
         raise BadInput(
             f"config['scale']: expected more than {largest:.3g}, the largest eigenvalue of the damped curvature, found"
-            f" {config.scale:g}: LiSSA would diverge; give {stable:.3g}, or None, or config['readjust'] = True"
+            f" {config.scale:g}: LiSSA could diverge; give {stable:.3g}, or None, or config['readjust'] = True"
         )
     steps, fewer = steps_needed(config.scale, smallest, tolerance), steps_needed(stable, smallest, tolerance)
     if config.readjust and fewer < steps and steps > config.recursion_depth:

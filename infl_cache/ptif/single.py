@@ -69,8 +69,9 @@ def s_test(
     config: Given | None = None, **task: Any,
 ) -> list[Tensor]:  # fmt: skip
     r""":math:`(C + damp\, I)^{-1} \nabla L(z_{test}, t_{test})`, a tensor for each parameter: one recursion."""
+    once = {**Config.from_dict(config or {}).to_dict(), "r": 1}
     return calc_s_test_single(
-        model, z_test, t_test, z_loader, gpu, damp, scale, recursion_depth, 1, loss=loss, config=config, **task
+        model, z_test, t_test, z_loader, gpu, damp, scale, recursion_depth, 1, loss=loss, config=once, **task
     )
 
 
@@ -84,7 +85,8 @@ def calc_s_test_single(
     Args:
         z_test, t_test: a batch of one test sample, or of several, of whose mean loss it is.
         train_loader: the curvature `C` is the mean over its data set.
-        config: where further keys of a config come from, `{"solver": "cg"}` say.
+        config: where further keys of a config come from, `{"solver": "cg"}` say, and those of the arguments that are
+            left at their defaults.
 
     Returns a tensor for each parameter that is looked at, as `grad_z`. It logs a warning if the error is over the
     tolerance. Raises `BadInput` if it is not finite.
@@ -97,7 +99,7 @@ def calc_s_test_single(
         >>> [tuple(each.shape) for each in s]
         [(2, 3), (2,)]
     """
-    asked = _asked(config, gpu=gpu, damp=damp, scale=scale, recursion_depth=recursion_depth, r=r)
+    asked = Config.beside(config, gpu=gpu, damp=damp, scale=scale, recursion_depth=recursion_depth, r=r)
     return _solved(task_of(model, train_loader, train_loader, loss, **task), (z_test, t_test), asked, train_loader)
 
 
@@ -114,7 +116,7 @@ def calc_influence_single(
     most helpful on, and `test_id_num`.
     """
     started = time.perf_counter()
-    asked = _asked(config, gpu=gpu, damp=damp, scale=scale, recursion_depth=recursion_depth, r=r)
+    asked = Config.beside(config, gpu=gpu, damp=damp, scale=scale, recursion_depth=recursion_depth, r=r)
     made = task_of(model, train_loader, test_loader, loss, **task)
     if isinstance(test_id_num, bool) or not 0 <= test_id_num < len(made.test):
         raise BadInput(f"test_id_num: expected 0 to {len(made.test) - 1}, found {short(test_id_num)}")
@@ -128,10 +130,6 @@ def calc_influence_single(
     return row.tolist(), harmful, helpful, test_id_num
 
 
-def _asked(config: Given | None, **given: Any) -> Config:
-    return Config.from_dict({**Config.from_dict(config or {}).to_dict(), **given})
-
-
 @contextmanager
 def _looked_at(task: Task, config: Config, batch: int | None) -> Iterator[Opened]:
     with looked_at(RunFolder(NOWHERE), task, Options.resolve(config.run_options(batch))) as run:
@@ -142,7 +140,8 @@ def _gradient(run: Opened, data: Any) -> Tensor:
     """The gradient of a batch's mean loss (or measure), (1, n_params)."""
     data = to_device(data, run.device)
     targets = run.task.targets(data)
-    size = len(targets) if not isinstance(targets, Tensor) or targets.dim() else 0
+    many = bool(targets.dim()) if isinstance(targets, Tensor) else hasattr(targets, "__len__")
+    size = len(targets) if many else 0
     if not size:
         raise BadInput("t: expected the targets of a batch, found those of none; a single sample is a batch of one")
     batch = Batch(range(size), data, np.zeros(size, np.uint64), None)

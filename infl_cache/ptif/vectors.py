@@ -71,7 +71,7 @@ def calc_grad_z(
     Without, they are held in memory. Returns the vectors and `save_pth`. It is stage 1 of `infl_cache.Run`: resumable,
     and what `calc_all_grad_then_test` goes on with, given the same `save_pth`.
     """
-    asked = _asked(config, gpu=gpu)
+    asked = Config.beside(config, gpu=gpu)
     made = task_of(model, train_loader, train_loader, loss, **task)
     _check_start(start, len(made.train), "training")
     with _folder(save_pth) as path:
@@ -90,7 +90,7 @@ def calc_s_test(
 
     Without one they are held in memory. Returns the vectors and `save`. It is stage 2 of `infl_cache.Run`.
     """
-    asked = _asked(config, gpu=gpu, damp=damp, scale=scale, recursion_depth=recursion_depth, r=r)
+    asked = Config.beside(config, gpu=gpu, damp=damp, scale=scale, recursion_depth=recursion_depth, r=r)
     made = task_of(model, train_loader, test_loader, loss, **task)
     _check_start(start, len(made.test), "test")
     with _folder(save) as path:
@@ -148,10 +148,6 @@ def _opened(path: str | Path, stage: str) -> Run:
     if stage not in run.folder.manifest.stages:
         raise BadInput(f"{path}: expected a run folder with {stage}, found none")
     return run
-
-
-def _asked(config: Given | None, **given: Any) -> Config:
-    return Config.from_dict({**Config.from_dict(config or {}).to_dict(), **given})
 
 
 def _parameters(task: Any) -> Parameters:

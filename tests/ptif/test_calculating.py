@@ -180,6 +180,16 @@ def test_results_of_another_config_or_nobody_are_refused_unless_forced(given, co
         ptif.calc_img_wise(changed, *given.given)
 
 
+def test_results_by_another_seed_are_others_wherever_the_seed_decides_a_number(given, config):
+    config.update(solver="cg", options={"curvature_samples": 8})
+    first = ptif.calc_img_wise({**config, "seed": 1}, *given.given)
+    with pytest.raises(ForeignRun, match="seed: 1 there, 2 here"):
+        ptif.calc_img_wise({**config, "seed": 2}, *given.given)
+    assert ptif.calc_img_wise({**config, "seed": 2, "force": True}, *given.given) != first
+    config.update(outdir=f"{config['outdir']}/all", options={})
+    assert ptif.calc_img_wise({**config, "seed": 1}, *given.given) == ptif.calc_img_wise(config, *given.given)
+
+
 def test_a_run_folder_of_another_config_is_refused_in_words_of_the_config_unless_forced(given, config, tmp_path):
     config.update(solver="cg", save_pth=str(tmp_path / "kept"), json_filename="one")
     ptif.calc_all_grad_then_test(config, *given.given)
@@ -241,6 +251,26 @@ def test_the_collate_fn_of_the_loaders_is_respected(config, tmp_path):
     np.testing.assert_allclose(matrix(found), dense_influences(plain, 0.1), rtol=0, atol=1e-5)
     with pytest.raises(BadInput, match="expected one collate_fn for both, found two"):
         ptif.calc_img_wise(config, given.model, given.trainloader, old().testloader)
+
+
+def one_doubled(sample):
+    return 2 * sample[0], sample[1]
+
+
+def test_a_loader_without_batches_has_its_collate_fn_called_on_single_samples(config, tmp_path):
+    found = [
+        ptif.calc_img_wise({**config, "solver": "identity", "outdir": str(tmp_path / str(k))}, *old(**loader).given)[0]
+        for k, loader in enumerate(
+            ({"batch_size": None, "collate_fn": one_doubled, "shuffle": False}, {"collate_fn": doubled})
+        )
+    ]
+    np.testing.assert_array_equal(matrix(found[0]), matrix(found[1]))
+
+
+def test_num_classes_alone_says_nothing(given, config):
+    config.update(solver="identity", num_classes=2)
+    assert len(ptif.calc_img_wise(config, *given.given)[0]) == 12
+    assert list(ptif.calc_img_wise({**config, "test_sample_num": 1}, *given.given)[0]) == ["0", "1"]
 
 
 def squared(outputs, targets):

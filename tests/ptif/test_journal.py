@@ -44,6 +44,13 @@ def test_log_filename_is_respected(given, config, tmp_path, capsys):
     assert (tmp_path / "log.txt").read_text().count("influences on 12 test samples are in") == 2
 
 
+def test_the_log_may_be_in_the_folder_of_the_results(given, config):
+    config.update(solver="identity", log_filename=f"{config['outdir']}/log.txt")
+    ptif.calc_img_wise(config, *given.given)
+    with open(config["log_filename"]) as file:
+        assert "influences on 12 test samples" in file.read()
+
+
 def test_progress_is_shown_unless_it_is_switched_off(given, config, monkeypatch, capsys):
     shown = []
     original = ptif.calculating.Run

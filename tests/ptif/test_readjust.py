@@ -43,7 +43,7 @@ def test_a_scale_that_would_explode_is_raised_and_the_result_is_the_same_system(
 
 
 def test_without_readjust_such_a_scale_is_refused_with_one_that_will_do(config):
-    with pytest.raises(BadInput, match=r"config\['scale'\]: expected more than \d+.*LiSSA would diverge; give \d+"):
+    with pytest.raises(BadInput, match=r"config\['scale'\]: expected more than \d+.*LiSSA could diverge; give \d+"):
         ptif.calc_img_wise({**config, "damp": 20.0, "readjust": False}, *steep().given)
 
 

@@ -40,6 +40,8 @@ def test_grad_z_is_that_of_autograd_for_one_sample_and_for_a_batch(given):
         torch.testing.assert_close(flat(found), plain_gradient(given, x[rows], y[rows]))
     with pytest.raises(BadInput, match="a single sample is a batch of one"):
         ptif.grad_z(x[0], y[0], given.model)
+    with pytest.raises(BadInput, match="a single sample is a batch of one"):
+        ptif.grad_z(x[0], int(y[0]), given.model)
 
 
 def test_s_test_is_the_damped_inverse_times_the_gradient(given):
@@ -57,6 +59,17 @@ def test_s_test_is_the_damped_inverse_times_the_gradient(given):
         assert (flat(found) - expected).norm() < tolerance * expected.norm()
     with pytest.raises(BadInput, match="expected those that need no stored gradients, found fisher"):
         ptif.s_test(x[:1], y[:1], given.model, given.trainloader, config={"solver": "fisher"})
+
+
+def test_a_config_that_is_given_besides_is_what_holds_unless_an_argument_says_something_else(given, tmp_path):
+    x, y = given.testloader.dataset.tensors
+    one, loaders = (x[:1], y[:1], given.trainloader), (given.testloader, given.trainloader)
+    config = {"solver": "exact", "damp": 0.5}
+    expected = dense_s_test(given, plain_gradient(given, x[:1], y[:1]), 0.5)
+    torch.testing.assert_close(flat(ptif.calc_s_test_single(given.model, *one, config=config)), expected)
+    torch.testing.assert_close(flat(ptif.calc_s_test(given.model, *loaders, config=config)[0][0]), expected)
+    with pytest.raises(BadInput, match=r"expected 0.3, as the argument says, or config\['damp'\] 0.5, found both"):
+        ptif.calc_s_test_single(given.model, *one, damp=0.3, config=config)
 
 
 def test_the_influences_on_one_test_sample_are_a_row_of_all(given, caplog):
@@ -133,3 +146,6 @@ def test_ids_by_class(given):
     assert ptif.get_dataset_sample_ids(False, given.testloader, 2)[0] == {0: [0, 3, 6, 9], 1: [1, 4, 7, 10]}
     assert ptif.get_dataset_sample_ids_per_class(2, 2, given.testloader, 0) == [2, 5]
     assert ptif.get_dataset_sample_ids_per_class(9, 2, given.testloader) == []
+    for wrong, start in ((-1, 0), (1, -1), ("a", 0), (0.5, 0), (0, 0)):
+        with pytest.raises(BadInput, match=r"(num_samples|start_index): expected False or a whole number"):
+            ptif.get_dataset_sample_ids(wrong, given.testloader, None, start)

@@ -21,6 +21,8 @@ from infl_cache.maths.solvers.base import FORGETFUL, Keeper, Operator, Solution,
 
 FIRST_BATCH = 128
 MAX_DOUBLINGS = 12
+# From one batch size to the next; more than there are repeats, so that none draws what another draws.
+SEED_STEP = 1_000_003
 NO_DAMPING_DEPTH = 5000
 # Steps for an indefinite operator, for which the recursion has no limit to go to.
 HOPELESS_DEPTH = 20
@@ -119,7 +121,8 @@ class LiSSA:
     ) -> None:
         """One recursion in rounds of steps, a look at the true residual after each.
 
-        Rows that do the same walk together; each goes the way that it would go alone.
+        Rows that do the same walk together; each goes the way that it would go alone. Those with the smallest batch
+        go first, so that the rows that are to take a larger one begin it together, whenever they came to it.
         """
         n = operator.n_train
         if not walk.counts.any():
@@ -127,16 +130,16 @@ class LiSSA:
             walk.counts[:, 2] = self._depth(smallest, float(walk.reals[0, 0]))
         while (group := walk.together(n, self.tolerance)) is not None:
             rows, steps, batch, scale = group
-            h, generator = walk.h[rows], walk.generator_of(rows)
+            h, v, generator = walk.h[rows], rhs[rows], walk.generator_of(rows)
             for _ in range(steps):
                 found = _sampled(operator, batch, generator, h)
                 # In place: memory that is new to the process costs more than the sum.
-                h.add_(rhs[rows]).add_(found, alpha=-1 / scale)
+                h.add_(v).add_(found, alpha=-1 / scale)
             walk.h[rows] = h
             walk.generators[rows] = generator.get_state()
             walk.counts[rows, 0] += steps
-            bound = self._looked(operator, smallest, h / scale, rhs[rows])
-            far = self._diverged(operator, h, rhs[rows], scale)
+            bound = self._looked(operator, smallest, h / scale, v)
+            far = self._diverged(operator, h, v, scale)
             for place, row in enumerate(rows.tolist()):
                 if far[place]:
                     self._start_over(walk, row, rhs, smallest)
@@ -165,7 +168,7 @@ class LiSSA:
         if worst > 0.9 * last and batch < n:
             if self.sample_batch is not None:
                 walk.finish(row)  # the noise of the batch size that was asked for: it will not get better
-            walk.counts[row, 1] = min(n, 2 * batch)
+            walk.enlarge(row, min(n, 2 * batch))
         elif worst > 0.9999 * last:
             walk.finish(row)  # as stable as rounding lets it be
         walk.reals[row, 2] = worst
@@ -227,7 +230,7 @@ class _Walk:
         self.h, self.best = rhs.clone(), rhs / scale
         self.reals = torch.tensor([[scale, math.inf, math.inf]], dtype=torch.float64).repeat(len(rhs), 1)
         self.counts = torch.zeros(len(rhs), 5, dtype=torch.int64)
-        self.generators = torch.Generator().manual_seed(seed).get_state().repeat(len(rhs), 1)
+        self.seed, self.generators = seed, torch.Generator().manual_seed(seed).get_state().repeat(len(rhs), 1)
         if kept is not None:
             self.h, self.best = kept["h"].to(rhs, copy=True), kept["best"].to(rhs, copy=True)
             self.reals, self.counts, self.generators = (
@@ -242,7 +245,8 @@ class _Walk:
             return None
         # A look costs one pass over the data: every second pass' worth of steps, every 20th of full passes.
         steps = torch.minimum(depth - step, torch.where(batch == n, 20, -(-2 * n // batch)))
-        first = int(torch.where(going, step, torch.iinfo(torch.int64).max).argmin())
+        least = going & (batch == batch[going].min())
+        first = int(torch.where(least, step, torch.iinfo(torch.int64).max).argmin())
         same = going & (steps == steps[first]) & (batch == batch[first]) & (self.reals[:, 0] == self.reals[first, 0])
         if batch[first] < n:  # whole passes draw nothing
             same &= (self.generators == self.generators[first]).all(1)
@@ -254,6 +258,11 @@ class _Walk:
         generator = torch.Generator()
         generator.set_state(self.generators[rows[0]].clone())
         return generator
+
+    def enlarge(self, row: int, batch: int) -> None:
+        """A row goes on with batches of another size, drawn by a seed of that size."""
+        self.counts[row, 1] = batch
+        self.generators[row] = torch.Generator().manual_seed((self.seed + SEED_STEP * batch) % 2**32).get_state()
 
     def finish(self, row: int) -> None:
         """A row goes on no more."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from infl_cache.maths.curvature import Spectrum, spectrum_of
+from infl_cache.maths.curvature import Curvature, Spectrum, spectrum_of
 from infl_cache.maths.solvers import LiSSA, solve
 from tests.driving import operator_of
 from tests.tasks import TASKS, logistic, mlp, normal, squared_error
@@ -290,6 +292,38 @@ def test_each_row_goes_the_way_it_goes_alone():
     assert len(set(together.iterations.tolist())) > 1
     assert together.iterations.tolist() == [int(each.iterations) for each in alone]
     assert relative_error(together.value, torch.cat([each.value for each in alone])) < 1e-10
+
+
+class Drawn(Curvature):
+    """A matrix of samples, `x^T x / n + 0.05 I`, that counts the batches drawn of each size."""
+
+    kind, shift, n_train = "ggn", 0.05, 600
+
+    def __init__(self):
+        self.x, self.counts = normal(600, 12) * torch.linspace(0.05, 1.5, 12, dtype=torch.float64), Counter()
+
+    def __call__(self, v):
+        return v @ self.x.T @ self.x / 600 + 0.05 * v
+
+    def sampled(self, chosen, v):
+        self.counts[len(chosen)] += 1
+        return v @ self.x[chosen].T @ self.x[chosen] / len(chosen) + 0.05 * v
+
+
+def test_rows_that_take_larger_batches_at_different_times_draw_them_together():
+    # Of no size more batches than the row that alone draws most of that size.
+    rhs = torch.eye(12, dtype=torch.float64) + 0.1 * normal(12, 12)
+
+    def counted(rows):
+        operator = Drawn()
+        return solve(operator, rows, LiSSA(tolerance=1e-3, scale=5.0)), operator.counts
+
+    found, together = counted(rhs)
+    alone = [counted(rhs[k : k + 1]) for k in range(12)]
+    assert len({tuple(sorted(counts.items())) for _, counts in alone}) > 3, "rows of different ways"
+    for size, count in together.items():
+        assert count <= max(counts[size] for _, counts in alone)
+    assert found.iterations.tolist() == [int(each.iterations) for each, _ in alone]
 
 
 def test_the_scale_is_estimated_once_for_all_blocks(monkeypatch):
