@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infl_cache.disk.durable import require_folder
+from infl_cache.disk.inside import refuse_links
 from infl_cache.disk.run import RunFolder
 from infl_cache.maths.task import Task
 from infl_cache.stages.blocks import some
@@ -32,6 +33,7 @@ def report(folder: RunFolder, task: Task | None = None) -> str:
     """The table as text; with a task whose samples are pictures, also `report/influence.png`."""
     if task is not None:
         require_folder((folder.path / PICTURE).parent)
+        refuse_links((folder.path / PICTURE).parent)
     if has_matrix(folder):
         require_sound_matrix(folder)
     if task is not None:

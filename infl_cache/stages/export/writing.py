@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infl_cache.disk.durable import disk_full_is_said, sync_file
+from infl_cache.disk.inside import refuse_links
 from infl_cache.disk.matrix import MatrixFile
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput
@@ -45,6 +46,8 @@ def export(
     """
     every, length = _asked(folder, kind, top_k)
     path = out or folder.path / "export" / f"influence.{kind}"
+    if out is None:
+        refuse_links(folder.path, ("export",))
     _require_place(path)
     records = folder.records("influence").values()
     labels = Labels(stored_column(folder, "stest", "target"), stored_column(folder, "grads", "target"))
@@ -110,9 +113,7 @@ def _require_place(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError("a folder has that name")
-        temporary = _temporary(path)
-        with open(temporary, "wb"):
-            pass
+        _opened_anew(temporary := _temporary(path)).close()
         temporary.unlink()
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be written ({error}); choose another --out") from error
@@ -123,7 +124,7 @@ def _replacing(path: Path) -> Iterator[IO[Any]]:
     """A file that appears under its name only when it is complete; nothing is left of one that is not."""
     temporary = _temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with _opened_anew(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -136,3 +137,9 @@ def _replacing(path: Path) -> Iterator[IO[Any]]:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
+
+
+def _opened_anew(path: Path) -> IO[Any]:
+    """A new file in place of what a killed export has left, or of a link, which is not written through."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb")

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from infl_cache import BadInput, Run
+from infl_cache import BadInput, DamagedStore, Run
+from infl_cache.disk.run import RunFolder
 from infl_cache.stages.export import export, writing
 from tests import tasks
 
@@ -80,3 +82,24 @@ def test_an_export_that_fails_leaves_the_one_before(run, kind, tmp_path, monkeyp
         export(run.folder, kind, path, 4, show=False)
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("place", ["export", "export/influence.json", "export/influence.json.partial"])
+def test_a_link_in_the_run_is_not_followed(run, place, tmp_path):
+    shutil.copytree(run.path, tmp_path / "r")
+    outside, link = tmp_path / "outside", tmp_path / "r" / place
+    outside.mkdir()
+    (outside / "theirs").write_text("precious")
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(outside if place == "export" else outside / "theirs")
+    with pytest.raises(DamagedStore, match="expected a file or folder of the run itself, found a link"):
+        export(RunFolder(tmp_path / "r"), "json", show=False)
+    assert {each.name: each.read_text() for each in outside.iterdir()} == {"theirs": "precious"}
+
+
+def test_what_lies_beside_the_file_is_not_written_through(run, tmp_path):
+    (tmp_path / "theirs").write_text("precious")
+    (tmp_path / "a.json.partial").symlink_to(tmp_path / "theirs")
+    assert export(run.folder, "json", tmp_path / "a.json", show=False).stat().st_size > 100
+    assert (tmp_path / "theirs").read_text() == "precious"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.json", "theirs"]
