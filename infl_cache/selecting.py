@@ -9,6 +9,7 @@ from infl_cache.config import short
 from infl_cache.errors import BadInput
 from infl_cache.pipeline import Run
 from infl_cache.stages import chosen
+from infl_cache.stages.opening import log
 from infl_cache.stages.selection import count_of_tests, parse_tests
 
 
@@ -63,4 +64,10 @@ def _asked(run: Run, choice: Choice) -> tuple[chosen.Ids, str]:
     if choice.label is not None:
         over = f"the test samples of class {choice.label}"
     words = "most influential" if effect == "both" else f"most {effect}"
-    return run.most_influential(choice.k, effect, test, choice.label).ids, f"{words} on {over}"
+    found = run.most_influential(choice.k, effect, test, choice.label).ids
+    if len(found) < choice.k:
+        does = "influential" if effect == "both" else effect
+        log.warning(
+            f"k: {len(found):,} of the {choice.k:,} asked for are there: no other training sample is {does} on {over}"
+        )
+    return found, f"{words} on {over}"

@@ -18,6 +18,7 @@ from infl_cache.stages.figures.canvas import picture
 from infl_cache.stages.figures.neighbours import are_pictures, draw_pictures
 from infl_cache.stages.layers import has_layers, stored_shares
 from infl_cache.stages.opening import as_stored
+from infl_cache.stages.rank import Ranking, only
 from infl_cache.stages.rankings import has_matrix, stored_rankings
 from infl_cache.stages.rendering import in_a_line, label_text, shown
 from infl_cache.stages.same import check_same_task
@@ -62,11 +63,15 @@ def most_harmful_line(folder: RunFolder, classes: Any = None) -> str:
     if 0 not in folder.records("rankings"):
         return ""
     kept = stored_rankings(folder)
-    text = f"Most harmful on average: {some(kept['mean_harmful_ids'][:NEIGHBOURS].tolist())}"
+    sign = sign_of(folder)
+    first = only(Ranking(*(kept[f"mean_harmful_{part}"][:NEIGHBOURS] for part in ("ids", "values"))), "harmful", sign)
+    text = f"Most harmful on average: {some(first.ids.tolist()) if len(first.ids) else 'none'}"
     labels = kept.get("class_labels", np.empty(0))
     if 0 < len(labels) <= MOST_CLASSES:
-        worst = zip(labels.tolist(), kept["class_harmful_ids"][:, 0].tolist(), strict=True)
-        text += f"; to class {', '.join(f'{label_text(label, classes)}: {i}' for label, i in worst if i >= 0)}"
+        worst = (kept[f"class_harmful_{part}"][:, 0].tolist() for part in ("ids", "values"))
+        named = [(label, i) for label, i, value in zip(labels.tolist(), *worst, strict=True) if sign * value > 0]
+        if named:
+            text += f"; to class {', '.join(f'{label_text(label, classes)}: {i}' for label, i in named)}"
     return f"{text}."
 
 

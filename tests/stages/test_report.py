@@ -1,5 +1,8 @@
 """The table and the picture that a report begins with."""
 
+import re
+
+import numpy as np
 import pytest
 
 from infl_cache import DamagedStore, Run
@@ -26,3 +29,20 @@ def test_a_link_is_not_written_through(run, name, tmp_path):
     with pytest.raises(DamagedStore, match="expected a file or folder of the run itself, found a link"):
         report(RunFolder(run.path), run.task)
     assert (tmp_path / "theirs").read_text() == "precious"
+
+
+@pytest.mark.parametrize("measure", ["loss", "margin"])
+def test_what_is_called_helpful_helps_and_what_is_called_harmful_harms(tmp_path, measure):
+    run = Run(tmp_path / "r", tasks.mlp(n_train=4, n_test=6), measure=measure, **QUIET)
+    run.all()
+    mean, sign = np.array(run.scores()).mean(0) * (1 if measure == "loss" else -1), "+" if measure == "loss" else "-"
+    text = report(run.folder)
+    rows = [line for line in text.splitlines() if line.startswith("     ") and "influence" not in line]
+    assert len(rows) >= 6
+    for line in rows:
+        helpful, harmful = line[:33].split(), line[33:].split()
+        assert not helpful or helpful[2].startswith("-" if sign == "+" else "+")
+        assert not harmful or harmful[2].startswith(sign)
+    (named,) = re.findall(r"Most harmful on average: ([^.;]*)", text)
+    expected = [i for i in np.argsort(-mean, kind="stable") if mean[i] > 0]
+    assert [int(each) for each in re.findall(r"\d+", named)] == expected

@@ -39,8 +39,8 @@ def export(
 
     JSON: `{test id: {"label", "num_in_dataset", "time_calc_influence_s", "influence", "harmful", "helpful"}}`,
     `influence` over all training samples, `helpful` and `harmful` training ids sorted by strength (all, or
-    `top_k`). CSV: a row for each of the `top_k` (100 by default) most helpful and most harmful of each test sample.
-    Parquet: such a table too, with only those that do help or harm, or, with `top_k="all"`, every pair: see
+    `top_k`). CSV: a row for each of the `top_k` (100 by default) most helpful and most harmful of each test sample,
+    of those that do help or harm. Parquet: such a table too, or, with `top_k="all"`, every pair: see
     `infl_cache.stages.export.parquet`. Test samples that the run was not asked about are left out. A run without a
     matrix is written as `csv` or `parquet`, with at most the `top_k` of its rankings.
     """
@@ -67,11 +67,11 @@ def export(
         else:
             assert length is not None
             with strongest(folder) as found:
-                ends = _ends(found, tests, length, bar)
+                ends = _ends(found, tests, length, sign, bar)
                 if kind == "csv":
                     write_csv(file, ends, labels.test, labels.train)
                 else:
-                    write_ends(file, ends, labels, sign, facts_of(folder))
+                    write_ends(file, ends, labels, facts_of(folder))
     return path
 
 
@@ -93,11 +93,11 @@ def _asked(folder: RunFolder, kind: str, top_k: int | str | None) -> tuple[bool,
     return every, count if every else stored_length(folder, count, USUAL)
 
 
-def _ends(found: RankingOf, tests: NDArray[np.int64], k: int, bar: Bar) -> Iterator[End]:
-    """Both ends of each test sample."""
+def _ends(found: RankingOf, tests: NDArray[np.int64], k: int, sign: int, bar: Bar) -> Iterator[End]:
+    """Both ends of each test sample, as far as they do help or harm."""
     for index in tests.tolist():
         for effect in rank.ENDS:
-            yield index, effect, found(effect, index, k)
+            yield index, effect, rank.only(found(effect, index, k), effect, sign)
         bar.advance(1)
 
 

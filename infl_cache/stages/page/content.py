@@ -13,7 +13,7 @@ from infl_cache.disk.run import RunFolder
 from infl_cache.stages.columns import stored_column
 from infl_cache.stages.layers import MODEL, LayerShares, has_layers, stored_shares
 from infl_cache.stages.page.choosing import NEIGHBOURS, Ids, PageOptions
-from infl_cache.stages.rank import Ranking
+from infl_cache.stages.rank import Ranking, only
 from infl_cache.stages.rankings import Arrays, stored_length, stored_rankings, strongest
 from infl_cache.stages.suspects import column, descending
 from infl_cache.stages.tiles import matrix_tests, sign_of, solved
@@ -110,8 +110,8 @@ def suspects(have: Known) -> dict[str, Any]:
     if have.self_influence is not None:
         return {"by": "self", "ids": descending(have.self_influence)[:SUSPECTS].tolist()}
     if "mean_harmful_ids" in have.rankings:
-        ids = have.rankings["mean_harmful_ids"][:SUSPECTS]
-        return {"by": "mean", "ids": ids[ids >= 0].tolist()}
+        first = Ranking(*(have.rankings[f"mean_harmful_{part}"][:SUSPECTS] for part in ("ids", "values")))
+        return {"by": "mean", "ids": only(first, "harmful", have.sign).ids.tolist()}
     return {"by": "none", "ids": []}
 
 

@@ -33,10 +33,14 @@ def test_json_and_csv_hold_the_matrix_and_its_ends(run, tmp_path):
         assert entry["label"] == int(run.task.test.tensors[1][j])
     with open(export(run.folder, "csv", tmp_path / "a.csv", 2, show=False), newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 4 * 2 * 2
+    assert len(rows) == sum(min(2, count) for row in matrix for count in ((row < 0).sum(), (row > 0).sum()))
     assert [int(row["train_id"]) for row in rows[:4]] == [*np.argsort(matrix[0])[:2], *np.argsort(-matrix[0])[:2]]
     assert [row["effect"] for row in rows[:4]] == ["helpful"] * 2 + ["harmful"] * 2
     assert all(float(row["loss_change_if_removed"]) == -float(row["influence"]) for row in rows)
+    with open(export(run.folder, "csv", tmp_path / "b.csv", 1000, show=False), newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == matrix.size  # each pair once, under what it does
+    assert all((row["effect"] == "helpful") == (float(row["influence"]) < 0) for row in rows)
 
 
 @pytest.mark.parametrize(
