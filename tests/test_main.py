@@ -166,6 +166,9 @@ def test_another_configuration_is_exit_code_3_and_touches_nothing(here, capsys):
 def test_damage_and_missing_stages_are_exit_code_4(here, capsys):
     assert call("influence --task task.py:small --run runs/new") == 4
     assert "run infl-cache grads" in capsys.readouterr().err
+    for line in ("select runs/new", "select runs/new --test 0", "export runs/new --format csv", "report runs/new"):
+        assert call(line) == 4
+        assert "infl-cache " in capsys.readouterr().err.partition("run ")[2]
     finished()
     assert call("verify runs/r") == 0
     chunk = Path("runs/r/grad_z.zarr/loss/c.0")
@@ -419,6 +422,10 @@ def test_run_and_report_end_with_the_path_of_the_page(here, capsys):
     found = page_of(capsys.readouterr().out)
     assert [(each["id"], len(each["helpful"])) for each in found["tests"]] == [(1, 2), (3, 2)]
     assert list(found["samples"]["test"]) == ["1", "3"]
+    assert call("report runs/r --tests 3 --neighbours 2 --no-page") == 2
+    assert "no-page: expected no options of the page with it, found tests, neighbours" in capsys.readouterr().err
+    assert call("report runs/r --task-args.shift 0.5") == 2
+    assert "task-args: expected --task with them, found none" in capsys.readouterr().err
     assert call("report runs/r --tests 9") == 2
     assert "expected indices of test samples, 0 to 4, found 9" in capsys.readouterr().err
 

@@ -43,6 +43,11 @@ def label_text(value: float, classes: Any = None) -> str:
     return f"{value:.3g}"
 
 
+def label_in_a_line(value: float, classes: Any = None) -> str:
+    """A label for a terminal: nothing in it moves the cursor, and not too much of it."""
+    return in_a_line(label_text(value, classes), 40)
+
+
 def shown(task: Task, name: str, index: int) -> Shown:
     """Sample `index` of the task's data set `name` ("train" or "test") as its `render` has it, or as it looks.
 

@@ -20,7 +20,7 @@ from infl_cache.stages.layers import has_layers, stored_shares
 from infl_cache.stages.opening import as_stored
 from infl_cache.stages.rank import Ranking, only
 from infl_cache.stages.rankings import has_matrix, stored_rankings
-from infl_cache.stages.rendering import in_a_line, label_text, shown
+from infl_cache.stages.rendering import in_a_line, label_in_a_line, shown
 from infl_cache.stages.same import check_same_task
 from infl_cache.stages.tiles import require_sound_matrix, sign_of
 from infl_cache.stages.worst import NEIGHBOURS, Asked, worst_test_samples
@@ -71,7 +71,7 @@ def most_harmful_line(folder: RunFolder, classes: Any = None) -> str:
         worst = (kept[f"class_harmful_{part}"][:, 0].tolist() for part in ("ids", "values"))
         named = [(label, i) for label, i, value in zip(labels.tolist(), *worst, strict=True) if sign * value > 0]
         if named:
-            text += f"; to class {', '.join(f'{label_text(label, classes)}: {i}' for label, i in named)}"
+            text += f"; to class {', '.join(f'{label_in_a_line(label, classes)}: {i}' for label, i in named)}"
     return f"{text}."
 
 
@@ -85,8 +85,8 @@ def table(
     lines = [f"Influence on {what} of largest loss; {words}.", ""]
     for each in asked:
         lines.append(
-            f"test sample {each.index}: label {label_text(each.label, classes)},"
-            f" predicted {label_text(each.prediction, classes)}, loss {each.loss:.3g}"
+            f"test sample {each.index}: label {label_in_a_line(each.label, classes)},"
+            f" predicted {label_in_a_line(each.prediction, classes)}, loss {each.loss:.3g}"
         )
         if texts and texts.get(each.index):
             lines.append(f"    {texts[each.index]}")
@@ -95,7 +95,7 @@ def table(
         )
         for k in range(max(len(each.helpful.ids), len(each.harmful.ids))):
             sides = [
-                f"{side.ids[k]:>8} {label_text(labels[side.ids[k]], classes):>8} {side.values[k]:>+11.3e}"
+                f"{side.ids[k]:>8} {label_in_a_line(labels[side.ids[k]], classes):>8} {side.values[k]:>+11.3e}"
                 if k < len(side.ids) else " " * 29
                 for side in (each.helpful, each.harmful)
             ]  # fmt: skip

@@ -1,5 +1,6 @@
 """The table and the picture that a report begins with."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from infl_cache import DamagedStore, Run
 from infl_cache.disk.run import RunFolder
 from infl_cache.stages.report import report
+from infl_cache.stages.suspects import suspects_report
 from tests import tasks
 
 QUIET = {"progress": False, "damping": 0.1, "solver": "exact"}
@@ -46,3 +48,16 @@ def test_what_is_called_helpful_helps_and_what_is_called_harmful_harms(tmp_path,
     (named,) = re.findall(r"Most harmful on average: ([^.;]*)", text)
     expected = [i for i in np.argsort(-mean, kind="stable") if mean[i] > 0]
     assert [int(each) for each in re.findall(r"\d+", named)] == expected
+
+
+def test_names_of_classes_hold_no_commands_for_the_terminal(tmp_path, monkeypatch):
+    for place in ("report", "suspects"):
+        monkeypatch.setattr(f"infl_cache.stages.{place}.picture", lambda *_: None)
+    task = dataclasses.replace(tasks.mlp(), classes=["a\x1b[2J", "b\nc", "\ud800d"])
+    run = Run(tmp_path / "r", task, **QUIET)
+    run.all()
+    run.self_influence()
+    for text in (report(run.folder, task), suspects_report(RunFolder(run.path), task)):
+        assert all(line.isprintable() for line in text.splitlines())
+        assert "a [2J" in text
+        assert "b c" in text
