@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infl_cache.config import short
+from infl_cache.disk.sweep import refuse_own_files
 from infl_cache.errors import BadInput
 from infl_cache.pipeline import Run
 from infl_cache.stages import chosen
@@ -36,6 +37,8 @@ def select(path: Path, choice: Choice, out: Path | None = None, kind: str | None
     if out is None and kind not in (None, "txt"):
         raise BadInput(f"out: expected a file for the format {short(kind)}, found none; --out FILE")
     written_as = chosen.require_file(out, kind) if out is not None else "txt"
+    if out is not None:
+        refuse_own_files(path, out)
     run = Run(path)
     ids, what = _asked(run, choice)
     n_train = int(run.folder.plan("grads")["n_rows"])

@@ -15,6 +15,7 @@ from infl_cache.disk.durable import disk_full_is_said, sync_file
 from infl_cache.disk.inside import refuse_links
 from infl_cache.disk.matrix import MatrixFile
 from infl_cache.disk.run import RunFolder
+from infl_cache.disk.sweep import refuse_own_files
 from infl_cache.errors import BadInput
 from infl_cache.progress import Bar, progress
 from infl_cache.stages import rank
@@ -49,6 +50,7 @@ def export(
     if out is None:
         refuse_links(folder.path, ("export",))
     _require_place(path)
+    refuse_own_files(folder.path, path)
     records = folder.records("influence").values()
     labels = Labels(stored_column(folder, "stest", "target"), stored_column(folder, "grads", "target"))
     tests, sign = matrix_tests(folder), sign_of(folder)

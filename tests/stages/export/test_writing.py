@@ -9,6 +9,7 @@ import pytest
 
 from infl_cache import BadInput, DamagedStore, Run
 from infl_cache.disk.run import RunFolder
+from infl_cache.selecting import Choice, select
 from infl_cache.stages.export import export, writing
 from tests import tasks
 
@@ -107,3 +108,14 @@ def test_what_lies_beside_the_file_is_not_written_through(run, tmp_path):
     assert export(run.folder, "json", tmp_path / "a.json", show=False).stat().st_size > 100
     assert (tmp_path / "theirs").read_text() == "precious"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.json", "theirs"]
+
+
+@pytest.mark.parametrize("name", ["influence.npy", "manifest.json", "grad_z.zarr/zarr.json", "ledger.sqlite"])
+def test_no_file_of_the_run_itself_is_written_over(run, name):
+    before = (run.path / name).read_bytes()
+    with pytest.raises(BadInput, match=r"out: expected a file of your own, found .* which is the run's"):
+        export(run.folder, "json", run.path / "export" / ".." / name, show=False)
+    with pytest.raises(BadInput, match=r"out: expected a file of your own, found .* which is the run's"):
+        select(run.path, Choice(k=2), run.path / name, "npy")
+    assert (run.path / name).read_bytes() == before
+    assert not (run.path / f"{name}.partial").exists()
