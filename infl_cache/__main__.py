@@ -228,13 +228,17 @@ def _select(given: Namespace) -> None:
 
 def _report(given: Namespace) -> None:
     folder, page = RunFolder(Path(given.run)), None
+    asked = {each.name: given[each.name] for each in dataclasses.fields(PageOptions) if given[each.name] is not None}
+    if asked and not given.page:
+        raise BadInput(f"no-page: expected no options of the page with it, found {', '.join(asked)}")
+    if given["task_args"] and not given.task:
+        raise BadInput("task-args: expected --task with them, found none")
     if given.task is None and given.figures is None and cannot_be_written(folder.path):
         log.warning(f"{folder.path} is read-only or another's: the table alone, without page and pictures")
         _say(folder, None, None)
         return
     if given.page:
-        own = {field.name: given[field.name] for field in dataclasses.fields(PageOptions)}
-        page = PageOptions.resolve({name: value for name, value in own.items() if value is not None})
+        page = PageOptions.resolve(asked)
         require_page(folder)
     if given.figures is not None:
         require_figures(folder.path, given.figures)

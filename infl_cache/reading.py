@@ -156,7 +156,7 @@ class Influences:
     def most_influential(
         self, k: int = 10, effect: str = "harmful", test: int | Sequence[int] | None = None, label: int | None = None
     ) -> rank.Ranking:
-        """The k training samples that help or harm most: ids and influences, the strongest first.
+        """The k training samples that help or harm most, or all that do: ids and influences, the strongest first.
 
         `effect` is "helpful", "harmful" or "both" (the largest influences of either sign). They are averaged over all
         test samples, over those of `test` (one, or several: that needs the matrix), or over the class `label`.
@@ -169,10 +169,12 @@ class Influences:
         if effect == "both":
             return chosen.of_both(k, *(self.most_influential(k, end, test, label) for end in rank.ENDS))
         if isinstance(test, (int, np.integer)):
-            return self._of_test(effect, int(test), k)
-        if test is not None:
-            return self._of_tests(effect, test, k)
-        return self._of_all(effect, k) if label is None else self._of_class(effect, label, k)
+            found = self._of_test(effect, int(test), k)
+        elif test is not None:
+            found = self._of_tests(effect, test, k)
+        else:
+            found = self._of_all(effect, k) if label is None else self._of_class(effect, label, k)
+        return rank.only(found, effect, sign_of(self.folder))
 
     def subset_of(self, ids: Sequence[int] | NDArray[np.int64] | rank.Ranking) -> Subset[Any]:
         """These training samples as a data set, to train on: sample n of it is `task.train[ids[n]]`."""

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infl_cache.config import short
+from infl_cache.disk.sweep import refuse_own_files
 from infl_cache.errors import BadInput
 from infl_cache.pipeline import Run
 from infl_cache.stages import chosen
+from infl_cache.stages.opening import log
 from infl_cache.stages.selection import count_of_tests, parse_tests
 
 
@@ -35,6 +37,8 @@ def select(path: Path, choice: Choice, out: Path | None = None, kind: str | None
     if out is None and kind not in (None, "txt"):
         raise BadInput(f"out: expected a file for the format {short(kind)}, found none; --out FILE")
     written_as = chosen.require_file(out, kind) if out is not None else "txt"
+    if out is not None:
+        refuse_own_files(path, out)
     run = Run(path)
     ids, what = _asked(run, choice)
     n_train = int(run.folder.plan("grads")["n_rows"])
@@ -63,4 +67,10 @@ def _asked(run: Run, choice: Choice) -> tuple[chosen.Ids, str]:
     if choice.label is not None:
         over = f"the test samples of class {choice.label}"
     words = "most influential" if effect == "both" else f"most {effect}"
-    return run.most_influential(choice.k, effect, test, choice.label).ids, f"{words} on {over}"
+    found = run.most_influential(choice.k, effect, test, choice.label).ids
+    if len(found) < choice.k:
+        does = "influential" if effect == "both" else effect
+        log.warning(
+            f"k: {len(found):,} of the {choice.k:,} asked for are there: no other training sample is {does} on {over}"
+        )
+    return found, f"{words} on {over}"

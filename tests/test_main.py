@@ -166,6 +166,9 @@ def test_another_configuration_is_exit_code_3_and_touches_nothing(here, capsys):
 def test_damage_and_missing_stages_are_exit_code_4(here, capsys):
     assert call("influence --task task.py:small --run runs/new") == 4
     assert "run infl-cache grads" in capsys.readouterr().err
+    for line in ("select runs/new", "select runs/new --test 0", "export runs/new --format csv", "report runs/new"):
+        assert call(line) == 4
+        assert "infl-cache " in capsys.readouterr().err.partition("run ")[2]
     finished()
     assert call("verify runs/r") == 0
     chunk = Path("runs/r/grad_z.zarr/loss/c.0")
@@ -304,7 +307,7 @@ def test_export_refuses_what_it_cannot_write(here, capsys, line, code):
     assert call(line) == code
 
 
-def test_select_writes_ids_to_retrain_with_or_without(here, capsys):
+def test_select_writes_ids_to_retrain_with_or_without(here, capsys, caplog):
     finished()
     assert call("self-influence --task task.py:small --run runs/r") == 0
     matrix = np.load("runs/r/influence.npy")
@@ -320,6 +323,10 @@ def test_select_writes_ids_to_retrain_with_or_without(here, capsys):
     assert call("select runs/r --k 4 --keep --out good.npy") == 0
     assert "16 of 20 training samples, all but the 4 most harmful" in capsys.readouterr().out
     assert np.load("good.npy").tolist() == sorted(order[4:].tolist())
+    assert call("select runs/r --k 20 --out bad.txt") == 0
+    harmful = [i for i in order if matrix.mean(0, dtype=np.float64)[i] > 0]
+    assert np.loadtxt("bad.txt", dtype=int).tolist() == harmful
+    assert f"k: {len(harmful)} of the 20 asked for are there: no other training sample is harmful on all" in caplog.text
     assert call("select runs/r --effect helpful --test 0,3:5 --k 2 --out some.json") == 0
     assert json.loads(Path("some.json").read_text()) == of_some[::-1][:2].tolist()
     assert call("select runs/r --self-influence --k 3 --out ids --format txt") == 0
@@ -332,7 +339,7 @@ def test_select_writes_ids_to_retrain_with_or_without(here, capsys):
     [
         ("--effect odd", "effect: expected one of helpful, harmful, both, found 'odd'"),
         ("--k 0", "k: expected at least 1, found 0"),
-        ("--k 20 --keep", "k: expected fewer than the 20 training samples with --keep, found 20"),
+        ("--k 20 --effect both --keep", "k: expected fewer than the 20 training samples with --keep, found 20"),
         ("--test 9", "expected indices of test samples, 0 to 4, found 9"),
         ("--test 0 --label 1", "test, label: expected one of them, found both"),
         ("--label 8", "class: expected 0, 1, found 8"),
@@ -415,6 +422,10 @@ def test_run_and_report_end_with_the_path_of_the_page(here, capsys):
     found = page_of(capsys.readouterr().out)
     assert [(each["id"], len(each["helpful"])) for each in found["tests"]] == [(1, 2), (3, 2)]
     assert list(found["samples"]["test"]) == ["1", "3"]
+    assert call("report runs/r --tests 3 --neighbours 2 --no-page") == 2
+    assert "no-page: expected no options of the page with it, found tests, neighbours" in capsys.readouterr().err
+    assert call("report runs/r --task-args.shift 0.5") == 2
+    assert "task-args: expected --task with them, found none" in capsys.readouterr().err
     assert call("report runs/r --tests 9") == 2
     assert "expected indices of test samples, 0 to 4, found 9" in capsys.readouterr().err
 

@@ -33,6 +33,8 @@ CHILDREN = {
 }
 # Figures and pictures of a finished run, and the retrainings that they are made of: no claim of the ledger's.
 VALIDATION = "validate"
+# What says what a run is and holds.
+OWN = {"manifest.json", "run.yaml", "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", ".lock", VALIDATION}
 # Folders in which a killed writer's temporary files may lie.
 FOLDERS = (*(name for names in OUTPUTS.values() for name in names if name.endswith((".zarr", TILES))), VALIDATION)
 
@@ -44,6 +46,13 @@ def refuse_other_folders(folder: Path) -> None:
         return
     if any(not each.name.startswith(".lock") for each in folder.iterdir()):
         raise BadInput(f"{folder}: expected a run folder or an empty one, found other files; choose another --run")
+
+
+def refuse_own_files(folder: Path, path: Path) -> None:
+    """`BadInput` for a file of the run itself, finished or not: what leaves a run is not written over it."""
+    place, own = path.resolve(), {name for names in OUTPUTS.values() for name in names} | OWN
+    if folder.resolve() in place.parents and place.relative_to(folder.resolve()).parts[0] in own:
+        raise BadInput(f"out: expected a file of your own, found {path}, which is the run's; choose another --out")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -45,6 +45,16 @@ ENDS = {"helpful": helpful, "harmful": harmful}
 """Both ends of a row by their names."""
 
 
+def only(ranking: Ranking, effect: str, sign: int = 1) -> Ranking:
+    """Of a ranking those that do have the effect: one that is longer than these goes on with the others.
+
+    >>> only(Ranking(np.array([7, 2, 5]), np.array([-0.5, 0.0, 0.25], np.float32)), "helpful").ids.tolist()
+    [7]
+    """
+    there = (sign if effect == "harmful" else -sign) * ranking.values > 0
+    return Ranking(ranking.ids[there], ranking.values[there])
+
+
 def _lowest(keys: NDArray[np.float32], row: NDArray[np.float32], k: int) -> Ranking:
     """Ids of the k lowest keys, NaN left out."""
     candidates = np.flatnonzero(~np.isnan(keys))

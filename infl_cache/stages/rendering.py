@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ TEXTS = ("text", "sentence", "content", "prompt", "question")
 TOKENS = ("input_ids", "tokens", "ids")
 # What is shown of a long text, a long list of tokens, a wide row.
 MOST_LETTERS, MOST_TOKENS, MOST_CELLS = 2000, 256, 64
+# A picture of floats may leave 0 to 1 by so much, as one does that was normalised and back; no byte shows it.
+ROUNDING = 1e-3
 EXPECTED = "expected a picture (H, W) or (H, W, 3), a str, or a mapping of names to values"
 
 
@@ -34,11 +36,16 @@ def label_text(value: float, classes: Any = None) -> str:
     """
     if not math.isfinite(value):
         return "-"
-    if value == int(value):
+    if value == int(value) and abs(value) < 2**53:
         if classes is not None and 0 <= value < len(classes):
             return str(classes[int(value)])
         return str(int(value))
     return f"{value:.3g}"
+
+
+def label_in_a_line(value: float, classes: Any = None) -> str:
+    """A label for a terminal: nothing in it moves the cursor, and not too much of it."""
+    return in_a_line(label_text(value, classes), 40)
 
 
 def shown(task: Task, name: str, index: int) -> Shown:
@@ -78,11 +85,13 @@ def as_it_looks(sample: Any) -> Shown:
         return shortened(first)
     if isinstance(first, Mapping):
         return _of_mapping(first)
+    if _are_words(first):
+        return _tokens(first)
     array = as_array(first)
     if array is None:
         return type(first).__name__
     if array.ndim == 1 and array.dtype.kind in "iu" and array.dtype.itemsize > 1:
-        return _tokens(array)
+        return _tokens(array.tolist())
     picture = picture_of(array)
     if picture is not None:
         return _bytes_of(picture)
@@ -100,10 +109,12 @@ def _of_mapping(sample: Mapping[Any, Any]) -> Shown:
             if names is TOKENS:
                 array = as_array(each)
                 if array is not None and array.ndim == 1 and array.dtype.kind in "iu":
-                    return _tokens(array)
-            elif isinstance(each, str) == (names is TEXTS):
+                    return _tokens(array.tolist())
+                if _are_words(each):
+                    return _tokens(each)
+            elif each is not None and isinstance(each, str) == (names is TEXTS):
                 return as_it_looks([each])
-    cells = {name: value for name, value in sample.items() if isinstance(value, str) or np.ndim(_plain(value)) == 0}
+    cells = {name: value for name, value in sample.items() if _is_single(value)}
     if cells:
         return _row(cells)
     return "; ".join(f"{name}: {as_it_looks([value])}" for name, value in list(sample.items())[:8])
@@ -145,7 +156,10 @@ def _plain(value: Any) -> Any:
     """A tensor of any device and type, or a PIL image of any mode, as something that NumPy reads."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
-        return (value.float() if value.dtype == torch.bfloat16 else value).resolve_conj().resolve_neg().numpy()
+        try:
+            return (value.float() if value.dtype == torch.bfloat16 else value).resolve_conj().resolve_neg().numpy()
+        except (TypeError, RuntimeError):  # sparse, or of numbers that NumPy does not know
+            return value
     if hasattr(value, "convert") and hasattr(value, "mode"):
         return np.asarray(value if value.mode == "L" else value.convert("RGB"))
     return value
@@ -174,8 +188,9 @@ def _as_rendered(given: Any, where: str) -> Shown:
         picture = picture.astype(np.float64)
         if not np.isfinite(picture).all():
             raise BadInput(f"{where}: expected a picture of finite numbers, found NaN or Inf")
-        if picture.min() < 0 or picture.max() > (255 if array.dtype.kind in "iu" else 1):
-            allowed = "0 to 255" if array.dtype.kind in "iu" else "0 to 1"
+        room, most = (0, 255) if array.dtype.kind in "iu" else (ROUNDING, 1)
+        if picture.min() < -room or picture.max() > most + room:
+            allowed = f"0 to {most}"
             raise BadInput(
                 f"{where}: expected a picture of {array.dtype} from {allowed}, found {picture.min():.4g} to"
                 f" {picture.max():.4g}"
@@ -189,9 +204,18 @@ def _bytes_of(picture: NDArray[Any]) -> NDArray[np.uint8]:
     return found
 
 
-def _tokens(ids: NDArray[Any]) -> str:
-    more = f" ... ({len(ids):,} tokens)" if len(ids) > MOST_TOKENS else ""
-    return " ".join(str(each) for each in ids[:MOST_TOKENS].tolist()) + more
+def _are_words(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) > 0 and all(isinstance(each, str) for each in value)
+
+
+def _tokens(tokens: Sequence[Any]) -> str:
+    more = f" ... ({len(tokens):,} tokens)" if len(tokens) > MOST_TOKENS else ""
+    return shortened(" ".join(str(each) for each in tokens[:MOST_TOKENS])) + more
+
+
+def _is_single(value: Any) -> bool:
+    """Whether a value fits into a cell: it is no list, and no array of several numbers."""
+    return not isinstance(value, (tuple, list)) and getattr(_plain(value), "ndim", 0) == 0
 
 
 def _row(values: Mapping[Any, Any]) -> dict[str, str]:
@@ -201,7 +225,7 @@ def _row(values: Mapping[Any, Any]) -> dict[str, str]:
 
 def _cell(value: Any) -> str:
     plain = _plain(value)
-    if np.ndim(plain) == 0 and isinstance(plain, (float, np.floating, np.ndarray)) and not isinstance(plain, bool):
+    if getattr(plain, "ndim", 0) == 0 and isinstance(plain, (float, np.floating, np.ndarray)):
         plain = np.asarray(plain)[()]
         return f"{plain:.4g}" if isinstance(plain, (float, np.floating)) else str(plain)
     return shortened(str(plain), 200)

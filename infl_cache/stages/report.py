@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infl_cache.disk.durable import require_folder
+from infl_cache.disk.inside import refuse_links
 from infl_cache.disk.run import RunFolder
 from infl_cache.maths.task import Task
 from infl_cache.stages.blocks import some
@@ -17,8 +18,9 @@ from infl_cache.stages.figures.canvas import picture
 from infl_cache.stages.figures.neighbours import are_pictures, draw_pictures
 from infl_cache.stages.layers import has_layers, stored_shares
 from infl_cache.stages.opening import as_stored
+from infl_cache.stages.rank import Ranking, only
 from infl_cache.stages.rankings import has_matrix, stored_rankings
-from infl_cache.stages.rendering import in_a_line, label_text, shown
+from infl_cache.stages.rendering import in_a_line, label_in_a_line, shown
 from infl_cache.stages.same import check_same_task
 from infl_cache.stages.tiles import require_sound_matrix, sign_of
 from infl_cache.stages.worst import NEIGHBOURS, Asked, worst_test_samples
@@ -32,6 +34,7 @@ def report(folder: RunFolder, task: Task | None = None) -> str:
     """The table as text; with a task whose samples are pictures, also `report/influence.png`."""
     if task is not None:
         require_folder((folder.path / PICTURE).parent)
+        refuse_links((folder.path / PICTURE).parent)
     if has_matrix(folder):
         require_sound_matrix(folder)
     if task is not None:
@@ -60,11 +63,15 @@ def most_harmful_line(folder: RunFolder, classes: Any = None) -> str:
     if 0 not in folder.records("rankings"):
         return ""
     kept = stored_rankings(folder)
-    text = f"Most harmful on average: {some(kept['mean_harmful_ids'][:NEIGHBOURS].tolist())}"
+    sign = sign_of(folder)
+    first = only(Ranking(*(kept[f"mean_harmful_{part}"][:NEIGHBOURS] for part in ("ids", "values"))), "harmful", sign)
+    text = f"Most harmful on average: {some(first.ids.tolist()) if len(first.ids) else 'none'}"
     labels = kept.get("class_labels", np.empty(0))
     if 0 < len(labels) <= MOST_CLASSES:
-        worst = zip(labels.tolist(), kept["class_harmful_ids"][:, 0].tolist(), strict=True)
-        text += f"; to class {', '.join(f'{label_text(label, classes)}: {i}' for label, i in worst if i >= 0)}"
+        worst = (kept[f"class_harmful_{part}"][:, 0].tolist() for part in ("ids", "values"))
+        named = [(label, i) for label, i, value in zip(labels.tolist(), *worst, strict=True) if sign * value > 0]
+        if named:
+            text += f"; to class {', '.join(f'{label_in_a_line(label, classes)}: {i}' for label, i in named)}"
     return f"{text}."
 
 
@@ -78,8 +85,8 @@ def table(
     lines = [f"Influence on {what} of largest loss; {words}.", ""]
     for each in asked:
         lines.append(
-            f"test sample {each.index}: label {label_text(each.label, classes)},"
-            f" predicted {label_text(each.prediction, classes)}, loss {each.loss:.3g}"
+            f"test sample {each.index}: label {label_in_a_line(each.label, classes)},"
+            f" predicted {label_in_a_line(each.prediction, classes)}, loss {each.loss:.3g}"
         )
         if texts and texts.get(each.index):
             lines.append(f"    {texts[each.index]}")
@@ -88,7 +95,7 @@ def table(
         )
         for k in range(max(len(each.helpful.ids), len(each.harmful.ids))):
             sides = [
-                f"{side.ids[k]:>8} {label_text(labels[side.ids[k]], classes):>8} {side.values[k]:>+11.3e}"
+                f"{side.ids[k]:>8} {label_in_a_line(labels[side.ids[k]], classes):>8} {side.values[k]:>+11.3e}"
                 if k < len(side.ids) else " " * 29
                 for side in (each.helpful, each.harmful)
             ]  # fmt: skip

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from infl_cache.config import SelectionOptions, short
 from infl_cache.disk.layout import Block, as_ranges
 from infl_cache.disk.run import RunFolder
-from infl_cache.errors import BadInput
+from infl_cache.errors import BadInput, IncompleteStore
 from infl_cache.maths.samples import batches, groups_of
 from infl_cache.maths.task import Task, blaming, targets_as_numbers
 from infl_cache.progress import progress
@@ -126,6 +126,8 @@ def held_tests(folder: RunFolder) -> NDArray[np.int64]:
 
 def count_of_tests(folder: RunFolder) -> int:
     """How many test samples the task has, whether asked for or not."""
+    if "stest" not in folder.manifest.stages:
+        raise IncompleteStore(f"{folder.path}: expected the stage stest, found it not begun; run infl-cache stest")
     return int(folder.manifest.stages["stest"]["identity"]["n_test"])
 
 

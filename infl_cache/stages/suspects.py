@@ -17,7 +17,7 @@ from infl_cache.stages.columns import stored_column
 from infl_cache.stages.figures.canvas import picture
 from infl_cache.stages.figures.suspects import draw_suspects
 from infl_cache.stages.opening import Opened, as_stored
-from infl_cache.stages.rendering import label_text
+from infl_cache.stages.rendering import label_in_a_line
 
 FILE, PICTURE = "self_influence.npz", "report/self_influence.png"
 # Arrays of the store beside the values, and their types.
@@ -69,7 +69,7 @@ def suspects_report(folder: RunFolder, task: Task | None) -> str:
     lines = ["Largest self-influence: probably mislabelled, or unlike all others.", ""]
     lines.append(f"{'train':>8} {'label':>8} {'self-influence':>15} {'loss':>10}")
     for index in ids[:SHOWN].tolist():
-        label = label_text(labels[index], classes)
+        label = label_in_a_line(labels[index], classes)
         lines.append(f"{index:>8} {label:>8} {values[index]:>15.3e} {losses[index]:>10.3g}")
     path = None
     if task is not None:

@@ -11,7 +11,7 @@ from infl_cache.disk.run import RunFolder
 from infl_cache.stages import rank
 from infl_cache.stages.columns import stored_column
 from infl_cache.stages.rankings import stored_length, strongest
-from infl_cache.stages.tiles import matrix_tests
+from infl_cache.stages.tiles import matrix_tests, sign_of
 
 NEIGHBOURS = 5
 
@@ -36,11 +36,12 @@ def worst_test_samples(folder: RunFolder, count: int) -> list[Asked]:
 
 
 def with_neighbours(folder: RunFolder, tests: Sequence[int], k: int) -> list[Asked]:
-    """These test samples, which the run was asked about, and the k training samples of either end."""
+    """These test samples, which the run was asked about, and the k training samples that help and harm most."""
     losses, labels, predictions = (stored_column(folder, "stest", name) for name in ("loss", "target", "prediction"))
+    sign = sign_of(folder)
     with strongest(folder) as ranking:
         return [
             Asked(index, labels[index], predictions[index], losses[index],
-                  ranking("helpful", index, k), ranking("harmful", index, k))
+                  *(rank.only(ranking(end, index, k), end, sign) for end in ("helpful", "harmful")))
             for index in tests
         ]  # fmt: skip

@@ -36,9 +36,19 @@ def test_the_most_influential_are_those_of_the_whole_matrix(run, effect):
         ({"test": [5, 0, 3]}, matrix[[5, 0, 3]].mean(0)),
         ({"label": label}, matrix[targets == label].mean(0)),
     ):
-        found = run.most_influential(7, effect, **asked)
-        assert found.ids.tolist() == np.argsort(keys(run, row, effect), kind="stable")[:7].tolist()
+        found, key = run.most_influential(7, effect, **asked), keys(run, row, effect)
+        assert found.ids.tolist() == [i for i in np.argsort(key, kind="stable")[:7] if key[i] < 0]
         np.testing.assert_allclose(found.values, row[found.ids], rtol=1e-5)
+
+
+def test_none_is_called_helpful_or_harmful_that_is_not(run):
+    for asked in ({}, {"test": 2}, {"test": [5, 0]}, {"label": int(run.task.test.tensors[1][0])}):
+        ends = [run.most_influential(1000, end, **asked) for end in ("helpful", "harmful")]
+        assert np.intersect1d(*(end.ids for end in ends)).tolist() == []
+        assert sum(len(end.ids) for end in ends) == 20
+        for end, direction in zip(ends, (-1, 1) if run.options.selection.measure == "loss" else (1, -1), strict=True):
+            assert (direction * end.values > 0).all()
+        assert len(run.most_influential(1000, "both", **asked).ids) == 20
 
 
 def test_without_a_matrix_the_rankings_answer_and_averages_do_not(tmp_path):

@@ -35,6 +35,7 @@ def shown_by(render):
         (Image.fromarray(RGB).convert("RGBA"), RGB),
         (GREY[..., None], np.stack([GREY] * 3, axis=2)),
         (GREY > 90, np.stack([(GREY > 90) * np.uint8(255)] * 3, axis=2)),
+        (np.array([[-1e-7, 1.0000002]], np.float32), np.array([[[0] * 3, [255] * 3]])),  # as normalising back rounds
     ],
     ids=lambda each: type(each).__name__,
 )
@@ -50,6 +51,9 @@ def test_texts_and_rows_are_shown_and_long_ones_shortened():
     cells = {"age": 31, 7: 0.123456, "city": "Ulm", "there": True, "t": torch.tensor(2.5), "none": None}
     expected = {"age": "31", "7": "0.1235", "city": "Ulm", "there": "True", "t": "2.5", "none": "None"}
     assert shown_by(lambda sample: cells) == expected
+    odd = shown_by(lambda sample: {"boxes": [[1], [1, 2]], "adjacency": torch.eye(2).to_sparse()})
+    assert odd["boxes"] == "[[1], [1, 2]]"
+    assert odd["adjacency"].startswith("tensor(indices=")
     wide = shown_by(lambda sample: dict.fromkeys(range(1000), 0.5))
     assert (len(wide), wide["..."]) == (65, "1,000 values")
 
@@ -119,6 +123,12 @@ def test_what_looks_like_a_picture_is_one(sample, expected):
         ((torch.tensor(0.25), 1), "0.25"),
         ((torch.zeros(2, 3, 4, 5), 1), "float32 of shape 2 x 3 x 4 x 5"),
         ((torch.zeros(0), 1), "float32 of shape 0"),
+        ({"boxes": [[1], [1, 2]], "id": 3}, {"id": "3"}),
+        ({"boxes": [[1], [1, 2]]}, "boxes: list"),
+        ({"adjacency": torch.eye(3).to_sparse(), "id": 3}, {"id": "3"}),
+        ((["so", "so"], 1), "so so"),
+        ({"tokens": ["so", "so"], "labels": [1, 2]}, "so so"),
+        ({"image": None, "text": "so so"}, "so so"),
         ((object(), 1), "object"),
         ((), "tuple"),
     ],
@@ -136,3 +146,4 @@ def test_a_picture_at_is_scaled_and_a_line_holds_no_commands():
     assert in_a_line("a\n\x1b[31m\u202eb\u2028" + "c" * 200).startswith("a [31m b ccc")
     assert len(in_a_line("c" * 10**6)) == 100
     assert [label_text(float(each)) for each in ("nan", "inf", "-inf")] == ["-", "-", "-"]
+    assert [label_text(each) for each in (1e300, 2.0**53, 2.0**53 - 1)] == ["1e+300", "9.01e+15", "9007199254740991"]

@@ -54,17 +54,13 @@ def require_pyarrow() -> Any:
     return pyarrow
 
 
-def write_ends(file: IO[bytes], ends: Iterable[End], labels: Labels, sign: int, facts: Mapping[str, object]) -> None:
-    """The strongest of either end of each test sample, as far as they do help or harm."""
+def write_ends(file: IO[bytes], ends: Iterable[End], labels: Labels, facts: Mapping[str, object]) -> None:
+    """The strongest of either end of each test sample."""
 
     def pairs() -> Iterator[Pairs]:
-        for test, name, found in ends:
-            effect = EFFECTS.index(name)
-            true = effects(found.values, sign) == effect
-            ids, values = found.ids[true], found.values[true]
-            yield Pairs(
-                np.full(len(ids), test), ids, np.arange(1, len(ids) + 1), np.full(len(ids), effect, np.int8), values
-            )
+        for test, name, (ids, values) in ends:
+            effect = np.full(len(ids), EFFECTS.index(name), np.int8)
+            yield Pairs(np.full(len(ids), test), ids, np.arange(1, len(ids) + 1), effect, values)
 
     _write(file, pairs(), labels, facts)
 

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infl_cache.disk.durable import disk_full_is_said, sync_file
+from infl_cache.disk.inside import refuse_links
 from infl_cache.disk.matrix import MatrixFile
 from infl_cache.disk.run import RunFolder
+from infl_cache.disk.sweep import refuse_own_files
 from infl_cache.errors import BadInput
 from infl_cache.progress import Bar, progress
 from infl_cache.stages import rank
@@ -38,14 +40,17 @@ def export(
 
     JSON: `{test id: {"label", "num_in_dataset", "time_calc_influence_s", "influence", "harmful", "helpful"}}`,
     `influence` over all training samples, `helpful` and `harmful` training ids sorted by strength (all, or
-    `top_k`). CSV: a row for each of the `top_k` (100 by default) most helpful and most harmful of each test sample.
-    Parquet: such a table too, with only those that do help or harm, or, with `top_k="all"`, every pair: see
+    `top_k`). CSV: a row for each of the `top_k` (100 by default) most helpful and most harmful of each test sample,
+    of those that do help or harm. Parquet: such a table too, or, with `top_k="all"`, every pair: see
     `infl_cache.stages.export.parquet`. Test samples that the run was not asked about are left out. A run without a
     matrix is written as `csv` or `parquet`, with at most the `top_k` of its rankings.
     """
     every, length = _asked(folder, kind, top_k)
     path = out or folder.path / "export" / f"influence.{kind}"
+    if out is None:
+        refuse_links(folder.path, ("export",))
     _require_place(path)
+    refuse_own_files(folder.path, path)
     records = folder.records("influence").values()
     labels = Labels(stored_column(folder, "stest", "target"), stored_column(folder, "grads", "target"))
     tests, sign = matrix_tests(folder), sign_of(folder)
@@ -64,11 +69,11 @@ def export(
         else:
             assert length is not None
             with strongest(folder) as found:
-                ends = _ends(found, tests, length, bar)
+                ends = _ends(found, tests, length, sign, bar)
                 if kind == "csv":
                     write_csv(file, ends, labels.test, labels.train)
                 else:
-                    write_ends(file, ends, labels, sign, facts_of(folder))
+                    write_ends(file, ends, labels, facts_of(folder))
     return path
 
 
@@ -90,11 +95,11 @@ def _asked(folder: RunFolder, kind: str, top_k: int | str | None) -> tuple[bool,
     return every, count if every else stored_length(folder, count, USUAL)
 
 
-def _ends(found: RankingOf, tests: NDArray[np.int64], k: int, bar: Bar) -> Iterator[End]:
-    """Both ends of each test sample."""
+def _ends(found: RankingOf, tests: NDArray[np.int64], k: int, sign: int, bar: Bar) -> Iterator[End]:
+    """Both ends of each test sample, as far as they do help or harm."""
     for index in tests.tolist():
         for effect in rank.ENDS:
-            yield index, effect, found(effect, index, k)
+            yield index, effect, rank.only(found(effect, index, k), effect, sign)
         bar.advance(1)
 
 
@@ -110,9 +115,7 @@ def _require_place(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError("a folder has that name")
-        temporary = _temporary(path)
-        with open(temporary, "wb"):
-            pass
+        _opened_anew(temporary := _temporary(path)).close()
         temporary.unlink()
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be written ({error}); choose another --out") from error
@@ -123,7 +126,7 @@ def _replacing(path: Path) -> Iterator[IO[Any]]:
     """A file that appears under its name only when it is complete; nothing is left of one that is not."""
     temporary = _temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with _opened_anew(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -136,3 +139,9 @@ def _replacing(path: Path) -> Iterator[IO[Any]]:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
+
+
+def _opened_anew(path: Path) -> IO[Any]:
+    """A new file in place of what a killed export has left, or of a link, which is not written through."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb")

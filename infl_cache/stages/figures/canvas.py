@@ -68,6 +68,15 @@ def tidied(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
 
 
+def plain(text: str) -> str:
+    r"""A text that is drawn as it is: matplotlib takes what is between two dollars for a formula, and may refuse it.
+
+    >>> print(plain("$5 or $6"), plain("so\x1b[2J so"))
+    \$5 or \$6 so [2J so
+    """
+    return "".join(each if each.isprintable() else " " for each in text).replace("$", r"\$")
+
+
 def save(figure: AnyFigure, path: Path) -> Path:
     """Write a figure as `.png` or `.svg`: the file is the old one or the whole new one; equal figures, equal files."""
     from matplotlib import rc_context

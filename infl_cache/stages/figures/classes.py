@@ -13,7 +13,7 @@ from infl_cache.errors import BadInput
 from infl_cache.progress import progress
 from infl_cache.stages.between import Between, Grouped
 from infl_cache.stages.columns import stored_column
-from infl_cache.stages.figures.canvas import DIVERGING, LINE, one_axes
+from infl_cache.stages.figures.canvas import DIVERGING, LINE, one_axes, plain
 from infl_cache.stages.rankings import matrix_rows
 from infl_cache.stages.rendering import label_text
 from infl_cache.stages.tiles import matrix_tests
@@ -87,7 +87,7 @@ def draw_classes(found: ClassMeans, sign: int = 1, names: Any = None, axes: Axes
 def _ticks(axes: Axes, found: ClassMeans, names: Any) -> None:
     for labels, axis in ((found.train, axes.xaxis), (found.test, axes.yaxis)):
         step = -(-len(labels) // NAMED)
-        texts = [label_text(float(label), names) for label in labels[::step]]
+        texts = [plain(label_text(float(label), names)) for label in labels[::step]]
         small = len(texts) > 20
         axis.set_ticks(range(0, len(labels), step), texts, fontsize=7 if small else 9)
         if axis is axes.xaxis and (small or max(map(len, texts), default=0) > 3):

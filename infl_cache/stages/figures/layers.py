@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from infl_cache.stages.figures.canvas import HARMFUL, HELPFUL, LINE, PALE, one_axes, tidied
+from infl_cache.stages.figures.canvas import HARMFUL, HELPFUL, LINE, PALE, one_axes, plain, tidied
 from infl_cache.stages.layers import MODEL, LayerShares
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def draw_layers(shares: LayerShares, k: int = MOST, axes: Axes | None = None) ->
     shown = np.sort(largest)
     names = [shares.names[layer] or MODEL for layer in shown]
     names = [name if len(name) <= WIDTH else "…" + name[1 - WIDTH :] for name in names]
-    texts = [f"{name} ({shares.parameters[layer]:,})" for name, layer in zip(names, shown, strict=True)]
+    texts = [f"{plain(name)} ({shares.parameters[layer]:,})" for name, layer in zip(names, shown, strict=True)]
     figure, axes = one_axes(axes, 5.6 + 0.07 * max(map(len, texts), default=0), 1.6 + 0.3 * max(2, len(shown)))
     whole = 100 * np.nan_to_num(shares.share_of_all[shown])
     axes.barh(range(len(shown)), whole, color=[HELPFUL if share >= 0 else HARMFUL for share in whole], height=0.7)

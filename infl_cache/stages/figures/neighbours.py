@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infl_cache.maths.task import Task
-from infl_cache.stages.figures.canvas import HARMFUL, HELPFUL, PALE, new_figure, tidied
+from infl_cache.stages.figures.canvas import HARMFUL, HELPFUL, PALE, new_figure, plain, tidied
 from infl_cache.stages.rank import Ranking
 from infl_cache.stages.rendering import label_text, picture_at
 from infl_cache.stages.worst import Asked
@@ -72,7 +72,7 @@ def show(axes: Axes, picture: Any, title: str, colour: str) -> None:
     """A picture with a title and a frame of that colour; an empty frame for what is no picture."""
     if picture is not None:
         axes.imshow(picture, cmap="gray_r" if picture.ndim == 2 else None)
-    axes.set_title("\n".join(cut(line, WIDTH) for line in title.split("\n")), fontsize=8)
+    axes.set_title("\n".join(plain(cut(line, WIDTH)) for line in title.split("\n")), fontsize=8)
     axes.title.set_color(colour)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -105,11 +105,11 @@ def draw_bars(
         axes.barh(range(len(ids)), values, color=colours)
         axes.axvline(0, color=PALE, linewidth=0.8, zorder=0)
         names = [f"train {index} ({label_text(labels[index], classes)})" for index in ids]
-        axes.set_yticks(range(len(ids)), [cut(name, 28) for name in names], fontsize=8)
+        axes.set_yticks(range(len(ids)), [plain(cut(name, 28)) for name in names], fontsize=8)
         axes.invert_yaxis()
         axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
         said = f", said {label_text(each.prediction, classes)}" if np.isfinite(each.prediction) else ""
-        axes.set_title(f"test {each.index}: {label_text(each.label, classes)}{said}", fontsize=10)
+        axes.set_title(plain(f"test {each.index}: {label_text(each.label, classes)}{said}"), fontsize=10)
         axes.set_xlabel("influence")
         axes.locator_params(axis="x", nbins=5)
         tidied(axes)

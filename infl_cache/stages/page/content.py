@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infl_cache.disk.run import RunFolder
+from infl_cache.progress import progress
 from infl_cache.stages.columns import stored_column
 from infl_cache.stages.layers import MODEL, LayerShares, has_layers, stored_shares
 from infl_cache.stages.page.choosing import NEIGHBOURS, Ids, PageOptions
-from infl_cache.stages.rank import Ranking
+from infl_cache.stages.rank import Ranking, only
 from infl_cache.stages.rankings import Arrays, stored_length, stored_rankings, strongest
 from infl_cache.stages.suspects import column, descending
 from infl_cache.stages.tiles import matrix_tests, sign_of, solved
@@ -65,13 +66,15 @@ def known(folder: RunFolder) -> Known:
     )
 
 
-def of_tests(folder: RunFolder, have: Known, tests: Iterable[int], asked: PageOptions) -> list[dict[str, Any]]:
+def of_tests(
+    folder: RunFolder, have: Known, tests: Sequence[int], asked: PageOptions, show: bool = True
+) -> list[dict[str, Any]]:
     """Of each test sample label, prediction, loss, certificate, shares of layers, and its strongest training samples.
 
     Raises `BadInput` where the stored rankings of a run without a matrix are shorter than what is asked for.
     """
     k, found = stored_length(folder, asked.neighbours, NEIGHBOURS), []
-    with strongest(folder) as ranking:
+    with strongest(folder) as ranking, progress("report: neighbours", len(tests), show=show) as bar:
         for test in tests:
             entry: dict[str, Any] = {
                 "id": test, "label": have.test["target"][test], "said": have.test["prediction"][test],
@@ -83,6 +86,7 @@ def of_tests(folder: RunFolder, have: Known, tests: Iterable[int], asked: PageOp
             if have.layers is not None:
                 entry["layers"] = have.layers.share[drawn_layers(have.layers), test]
             found.append(entry)
+            bar.advance(1)
     return found
 
 
@@ -110,8 +114,8 @@ def suspects(have: Known) -> dict[str, Any]:
     if have.self_influence is not None:
         return {"by": "self", "ids": descending(have.self_influence)[:SUSPECTS].tolist()}
     if "mean_harmful_ids" in have.rankings:
-        ids = have.rankings["mean_harmful_ids"][:SUSPECTS]
-        return {"by": "mean", "ids": ids[ids >= 0].tolist()}
+        first = Ranking(*(have.rankings[f"mean_harmful_{part}"][:SUSPECTS] for part in ("ids", "values")))
+        return {"by": "mean", "ids": only(first, "harmful", have.sign).ids.tolist()}
     return {"by": "none", "ids": []}
 
 

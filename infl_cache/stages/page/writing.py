@@ -23,6 +23,8 @@ PAGE = "report/index.html"
 LIMIT = 20_000_000
 # Longest sides of pictures in pixels, the first that lets the page stay under the limit.
 SIDES = (128, 96, 64, 48, 32)
+# In place of a page that is too large for its numbers alone.
+TOO_MANY = b""
 
 
 def require_page(folder: RunFolder) -> None:
@@ -45,8 +47,13 @@ def write_page(folder: RunFolder, task: Task | None, asked: PageOptions, note: s
     among = candidates(asked, have.tests, count_of_tests(folder))
     head = {**overview(folder, have, show), "classes": class_names(task), "layers": layers(have)}
     head["notes"] = [*([note] if note else []), *head["notes"]]
+    hopeless = 0
     for count, side in attempts(asked, len(among), task is not None):
-        if (page := _page(folder, task, have, asked, (head, among, count, side), show)) is not None:
+        if count == hopeless:
+            continue
+        page = _page(folder, task, have, asked, (head, among, count, side), show)
+        hopeless = count if page == TOO_MANY else 0
+        if page:
             make_folders((folder.path / PAGE).parent)
             write_atomically(folder.path / PAGE, page)
             return folder.path / PAGE
@@ -62,10 +69,15 @@ def attempts(asked: PageOptions, count: int, pictures: bool) -> Iterator[tuple[i
     >>> list(attempts(PageOptions(most_tests=2), 9, True))[-2:]
     [(1, 48), (1, 32)]
     """
-    count = count if asked.tests is not None else min(count, asked.most_tests)
+    count = _wanted(asked, count)
     while count:
         yield from ((count, side) for side in (SIDES if pictures else SIDES[:1]))
         count //= 2
+
+
+def _wanted(asked: PageOptions, count: int) -> int:
+    """How many of `count` test samples are shown if there is room for them."""
+    return count if asked.tests is not None else min(count, asked.most_tests)
 
 
 def class_names(task: Task | None) -> list[str] | None:
@@ -76,19 +88,22 @@ def class_names(task: Task | None) -> list[str] | None:
 def _page(
     folder: RunFolder, task: Task | None, have: Known, asked: PageOptions, attempt: Any, show: bool
 ) -> bytes | None:
-    """The page of an attempt (what its head says, test samples to choose from, how many, side); None if too large."""
+    """The page of an attempt (what its head says, test samples to choose from, how many, side); None if too large.
+
+    `TOO_MANY` if even without a sample it is, so that no smaller pictures help.
+    """
     head, among, count, side = attempt
     tests, words = chosen(among, have.test["loss"][among], count)
-    shown_tests, suspected = of_tests(folder, have, tests.tolist(), asked), suspects(have)
+    shown_tests, suspected = of_tests(folder, have, tests.tolist(), asked, show), suspects(have)
     near = {int(pair[0]) for each in shown_tests for end in ("helpful", "harmful") for pair in each[end]}
     trains = sorted(near | set(suspected["ids"]))
     notes = [*head["notes"]]
     if words:
-        notes.insert(0, _chosen_in_words(len(tests), len(among), words, count < min(asked.most_tests, len(among))))
+        notes.insert(0, _chosen_in_words(len(tests), len(among), words, count < _wanted(asked, len(among))))
     content = {**head, "tests": shown_tests, "suspects": suspected, "trains": of_trains(have, trains)}
     page = assembled({**content, "notes": notes, "samples": None})
     if len(page) > LIMIT or task is None:
-        return page if len(page) <= LIMIT else None
+        return page if len(page) <= LIMIT else TOO_MANY
     places: list[Place] = [*(("test", test) for test in tests.tolist()), *(("train", train) for train in trains)]
     room = LIMIT - len(page) - 10_000
     if typical(task, places, side) * len(places) > room:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from infl_cache import Run, Task
+from infl_cache.stages.page.assembly import asset
 from tests.tasks import Samples, cross_entropy
 
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -150,6 +151,13 @@ def address(browser):
 def settled(browser):
     """Once events of the address have come."""
     browser.execute_async_script("const done = arguments[0]; setTimeout(() => requestAnimationFrame(() => done()), 30)")
+
+
+def test_no_digit_before_the_point_is_made_up(browser):
+    numbers = [452600.5, -1234.5, 999.96, 12.345, 0.0012345, 1e-4, 2.5e7, 0]
+    script = asset("elements.js") + "\nreturn arguments[0].map((each) => number(each));"
+    found = browser.execute_script(script, numbers)
+    assert found == ["452601", "-1235", "1000", "12.3", "0.00123", "1.00e-4", "2.50e+7", "0"]
 
 
 @pytest.mark.parametrize("part", ["", "tests", "trains", "test-3", "train-5", "test-99", "nonsense"])

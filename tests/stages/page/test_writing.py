@@ -11,6 +11,7 @@ import torch
 
 from infl_cache import BadInput, DamagedStore, Run
 from infl_cache.stages.page import writing as stage
+from infl_cache.stages.page.content import of_tests
 from tests import tasks
 from tests.test_reading import without_matrix
 
@@ -133,9 +134,11 @@ def test_without_self_influence_and_layers_the_most_harmful_are_named_as_such(tm
     run = made(tmp_path / "r", tasks.regression(n_train=20, n_test=4))
     data = data_of(run.report())
     mean = np.array(run.scores(), np.float64).mean(0)
-    assert data["suspects"] == {"by": "mean", "ids": np.argsort(-mean, kind="stable").tolist()}
+    harmful = [i for i in np.argsort(-mean, kind="stable").tolist() if mean[i] > 0]
+    assert data["suspects"] == {"by": "mean", "ids": harmful}
+    assert 0 < len(harmful) < 20
     assert data["totals"]["between"] is None
-    assert (data["layers"], "self" in data["trains"]["0"]) == (None, False)
+    assert (data["layers"], "self" in next(iter(data["trains"].values()))) == (None, False)
     assert ["harmful on average" in data["notes"][1], "--by-layer" in data["notes"][2]] == [True, True]
 
 
@@ -180,11 +183,15 @@ def test_a_page_is_kept_under_its_limit_by_smaller_pictures_then_by_fewer_sample
         assert path.stat().st_size <= limit
         assert any(words in note for note in data_of(path)["notes"])
         assert len(data_of(path)["tests"]) <= tests
+    run.report(neighbours=3, tests="all", most_tests=1)
+    assert any("More do not fit" in note for note in data_of(path)["notes"])  # not only where none were named
     monkeypatch.setattr(stage, "LIMIT", 40_000)
-    before = path.read_bytes()
+    before, tried = path.read_bytes(), []
+    monkeypatch.setattr(stage, "of_tests", lambda *given: tried.append(len(given[2])) or of_tests(*given))
     with pytest.raises(BadInput, match=r"expected a page under 40\.0 kB, found a larger one even for one test sample"):
         run.report()
     assert path.read_bytes() == before
+    assert tried == [8, 4, 2, 1]  # smaller pictures do not help where none at all have room
 
 
 def test_no_page_is_made_of_a_damaged_store(copy):

@@ -25,7 +25,8 @@ function number(value, digits) {
   if (value === null || value === undefined) return "-";
   const size = Math.abs(value);
   if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential((digits || 3) - 1);
-  return String(Number(value.toPrecision(digits || 3)));
+  const whole = size < 1 ? 0 : Math.floor(Math.log10(size)) + 1; // digits before the point are never made up
+  return String(Number(value.toPrecision(Math.max(digits || 3, whole))));
 }
 
 function signed(value) {
