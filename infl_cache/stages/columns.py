@@ -24,6 +24,12 @@ def stored_column(folder: RunFolder, stage: str, name: str) -> NDArray[np.float6
     return found
 
 
+def shown_predictions(folder: RunFolder) -> NDArray[np.float64]:
+    """What each test sample was predicted to be; NaN where its target is no single number, for then it is no class."""
+    known = np.isfinite(stored_column(folder, "stest", "target"))
+    return np.where(known, stored_column(folder, "stest", "prediction"), np.nan)
+
+
 def classes_of(targets: NDArray[np.float64]) -> NDArray[np.int64] | None:
     """The class of each sample, `NO_CLASS` where nothing is known; None unless all that is known are integer labels.
 

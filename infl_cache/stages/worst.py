@@ -9,7 +9,7 @@ import numpy as np
 
 from infl_cache.disk.run import RunFolder
 from infl_cache.stages import rank
-from infl_cache.stages.columns import stored_column
+from infl_cache.stages.columns import shown_predictions, stored_column
 from infl_cache.stages.rankings import stored_length, strongest
 from infl_cache.stages.tiles import matrix_tests, sign_of
 
@@ -37,8 +37,8 @@ def worst_test_samples(folder: RunFolder, count: int) -> list[Asked]:
 
 def with_neighbours(folder: RunFolder, tests: Sequence[int], k: int) -> list[Asked]:
     """These test samples, which the run was asked about, and the k training samples that help and harm most."""
-    losses, labels, predictions = (stored_column(folder, "stest", name) for name in ("loss", "target", "prediction"))
-    sign = sign_of(folder)
+    losses, labels = (stored_column(folder, "stest", name) for name in ("loss", "target"))
+    predictions, sign = shown_predictions(folder), sign_of(folder)
     with strongest(folder) as ranking:
         return [
             Asked(index, labels[index], predictions[index], losses[index],

@@ -5,9 +5,13 @@ import re
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
-from infl_cache import DamagedStore, Run
+from infl_cache import DamagedStore, Run, Task
 from infl_cache.disk.run import RunFolder
+from infl_cache.stages.page.content import known
 from infl_cache.stages.report import report
 from infl_cache.stages.suspects import suspects_report
 from tests import tasks
@@ -61,3 +65,13 @@ def test_names_of_classes_hold_no_commands_for_the_terminal(tmp_path, monkeypatc
         assert all(line.isprintable() for line in text.splitlines())
         assert "a [2J" in text
         assert "b c" in text
+
+
+def test_an_output_of_a_vector_is_not_called_a_predicted_class(tmp_path):
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(12, 5), torch.randn(12, 3))
+    task = Task(model=nn.Linear(5, 3), train=data, test=data, loss=lambda out, y: (out - y).square().sum(1))
+    run = Run(tmp_path / "r", task, **QUIET)
+    run.all()
+    assert "label -, predicted -, loss" in report(RunFolder(run.path), task)
+    assert np.isnan(known(run.folder).test["prediction"]).all()

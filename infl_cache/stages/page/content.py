@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from infl_cache.disk.run import RunFolder
 from infl_cache.progress import progress
-from infl_cache.stages.columns import stored_column
+from infl_cache.stages.columns import shown_predictions, stored_column
 from infl_cache.stages.layers import MODEL, LayerShares, has_layers, stored_shares
 from infl_cache.stages.page.choosing import NEIGHBOURS, Ids, PageOptions
 from infl_cache.stages.rank import Ranking, only
@@ -56,7 +56,10 @@ def known(folder: RunFolder) -> Known:
     )
     return Known(
         tests=matrix_tests(folder),
-        test={name: stored_column(folder, "stest", name) for name in ("target", "prediction", "loss")},
+        test={
+            **{name: stored_column(folder, "stest", name) for name in ("target", "loss")},
+            "prediction": shown_predictions(folder),
+        },
         train={name: stored_column(folder, "grads", name) for name in ("target", "loss")},
         rankings=stored_rankings(folder) if folder.records("rankings") else {},
         self_influence=column(folder, "self_influence") if complete else None,
