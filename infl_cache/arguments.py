@@ -99,6 +99,7 @@ def parser() -> ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
+        allow_abbrev=False,
         version=__version__,
     )
     commands = top.add_subcommands(
@@ -248,4 +249,5 @@ def _plain_parser(name: str, usage: str) -> ArgumentParser:
         epilog=f"{EXAMPLES[name]}\n{NOTES}" if name in EXAMPLES else EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
+        allow_abbrev=False,
     )

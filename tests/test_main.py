@@ -506,3 +506,9 @@ def test_self_influence_needs_stage_1_alone_and_ends_with_a_table(here, capsys):
     assert "nothing left to do" in capsys.readouterr().out
     assert call("self-influence --task task.py:small --run runs/r --damping 0.2") == 3
     assert call("verify runs/r") == 0
+
+
+@pytest.mark.parametrize("line", ["grads --task task.py:small --run r --dampin 0.1", "report runs/r --test 1"])
+def test_an_option_is_written_in_full(here, capsys, line):
+    assert call(line) == 2
+    assert "unrecognized arguments: --" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ pytest.importorskip("sklearn")
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+# Retrainings: some are enough to see that a command works.
+OFTEN, FEWER = ("--points", "--subsets"), {"40": "6", "20": "3", "8": "2"}
 # Its blocks need a model and loaders; tests/ptif/test_migration.py runs them.
 MIGRATION = "infl_cache/pages/migration.md"
 PAGES = [f"infl_cache/pages/{name}.md" for name in page_titles()]
@@ -61,7 +64,8 @@ def with_demo(clone):
 
 def run(line, here):
     """Exit code and output of one line, as in a shell; `infl-cache` itself without starting a process."""
-    words = shlex.split(line)
+    words = [FEWER.get(word, word) if before in OFTEN else word
+             for before, word in pairwise(["", *shlex.split(line)])]  # fmt: skip
     if words[0] == "infl-cache":
         out, err = io.StringIO(), io.StringIO()
         with contextlib.chdir(here), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

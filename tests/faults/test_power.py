@@ -80,7 +80,7 @@ def test_a_power_cut_at_any_moment_leaves_no_false_claim_and_the_run_goes_on(kin
         assert found.keys() == expected.keys(), about
         assert [name for name in found if found[name] != expected[name]] == [], about
         shutil.rmtree(place)
-    assert claims > 10 * len(left) // 2
+    assert claims > times(3, 5) * len(left)  # of a few cuts one may come before there is anything to claim
     print(f"{kind}: seed {seed}, {len(left)} cuts among {disk.moments} moments")
 
 
