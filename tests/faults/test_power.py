@@ -21,7 +21,7 @@ from tests.faults.data import small_task
 from tests.faults.powercut import CONTENTS, NAMES, Disk
 from tests.faults.test_kills import data_files
 
-CUTS = times(9, 240)
+CUTS = times(16, 240)
 COMMON = {"damping": 0.1, "progress": False, "block_rows": 8, "test_block_rows": 2, "tile_rows": 2}
 RUNS = {
     "all": {**COMMON, "solver": "exact", "by_layer": True},
@@ -80,7 +80,7 @@ def test_a_power_cut_at_any_moment_leaves_no_false_claim_and_the_run_goes_on(kin
         assert found.keys() == expected.keys(), about
         assert [name for name in found if found[name] != expected[name]] == [], about
         shutil.rmtree(place)
-    assert claims > times(3, 5) * len(left)  # of a few cuts one may come before there is anything to claim
+    assert claims > 10 * len(left) // 2
     print(f"{kind}: seed {seed}, {len(left)} cuts among {disk.moments} moments")
 
 

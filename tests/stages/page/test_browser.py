@@ -317,7 +317,8 @@ def test_text_has_contrast_in_both_schemes(opened, scheme):
         browser = opened(part, scheme)
         browser.execute_script("document.querySelectorAll('details').forEach((each) => { each.open = true })")
         looked, low = browser.execute_script(CONTRAST)
-        assert looked > 10
+        # A training sample is near few test samples.
+        assert looked > (10 if part == "train-5" else 20)
         assert low == []
     before = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     click(browser, "#scheme")
