@@ -25,7 +25,7 @@ pytest.importorskip("sklearn")
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 # Retrainings: some are enough to see that a command works.
-OFTEN, FEWER = ("--points", "--subsets"), {"40": "6", "20": "3", "8": "2"}
+OFTEN, FEWER = ("--points", "--subsets"), {"40": "6", "20": "3", "8": "3"}
 # Its blocks need a model and loaders; tests/ptif/test_migration.py runs them.
 MIGRATION = "infl_cache/pages/migration.md"
 PAGES = [f"infl_cache/pages/{name}.md" for name in page_titles()]

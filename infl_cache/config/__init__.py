@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -14,8 +14,8 @@ from infl_cache.errors import BadInput
 
 __all__ = [
     "MAX_CONFIG_BYTES", "SECTIONS", "DataOptions", "GradsOptions", "InfluenceOptions", "Options", "Resources",
-    "SelectionOptions", "StestOptions", "option", "option_fields", "options_of", "parse_size", "read_config_file",
-    "short",
+    "SelectionOptions", "StestOptions", "only_options_of", "option", "option_fields", "parse_size",
+    "read_config_file", "short",
 ]  # fmt: skip
 
 Made = TypeVar("Made")
@@ -184,12 +184,7 @@ class Options:
 
         Raises `BadInput` for an unknown key, a wrong type, a value out of range or two that contradict each other.
         """
-        known = {name for name, _, _ in option_fields()}
-        for key in given:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(known))}"
-                raise BadInput(f"unknown option {str(key)[:60]!r}{hint}")
+        refuse_unknown(given, {name for name, _, _ in option_fields()})
         sections: dict[str, Any] = {section: options_of(kind, given) for section, kind in SECTIONS.items()}
         made = cls(**sections)
         if made.influence.by_layer and not made.influence.matrix:
@@ -201,6 +196,21 @@ class Options:
     def flat(self) -> dict[str, Any]:
         """The flat mapping that `resolve` takes; round-trips."""
         return {key: value for section in SECTIONS for key, value in dataclasses.asdict(getattr(self, section)).items()}
+
+
+def refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
+    """`BadInput` for the first key that is not known, with the nearest one that is."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            raise BadInput(f"unknown option {str(key)[:60]!r}; {hint}")
+
+
+def only_options_of(kind: type[Made], given: Mapping[str, Any]) -> Made:
+    """As `options_of`, of a mapping that has nothing else; `BadInput` for an unknown key too."""
+    refuse_unknown(given, [each.name for each in dataclasses.fields(kind)])  # type: ignore[arg-type]
+    return options_of(kind, given)
 
 
 def options_of(kind: type[Made], given: Mapping[str, Any]) -> Made:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from infl_cache.config import Options, option, options_of, short
+from infl_cache.config import Options, only_options_of, option, short
 from infl_cache.disk.durable import make_folders, write_atomically
 from infl_cache.disk.matrix import MatrixFile
 from infl_cache.disk.run import RunFolder
@@ -59,15 +58,10 @@ class ValidateOptions:
     @classmethod
     def resolve(cls, given: Mapping[str, Any]) -> ValidateOptions:
         """Options from a mapping, `test` as text, a number or a list; `BadInput` for a wrong one."""
-        known = [each.name for each in dataclasses.fields(cls)]
-        for key in given:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                raise BadInput(f"unknown option {short(key)}; {f'did you mean {near[0]}?' if near else known}")
         test = given.get("test")
         if isinstance(test, (list, tuple, range, np.ndarray)):
             test = ",".join(str(each) for each in test) + ","
-        return options_of(cls, {**given, "test": test if test is None else str(test)})
+        return only_options_of(cls, {**given, "test": test if test is None else str(test)})
 
 
 def validate(folder: RunFolder, task: Task, options: Options, asked: ValidateOptions) -> Validation:

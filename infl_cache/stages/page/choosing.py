@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infl_cache.config import option, options_of, short
-from infl_cache.errors import BadInput, IncompleteStore
+from infl_cache.config import only_options_of, option, short
+from infl_cache.errors import IncompleteStore
 from infl_cache.stages.blocks import some
 from infl_cache.stages.selection import as_text, parse_tests
 
@@ -37,15 +35,10 @@ class PageOptions:
     @classmethod
     def resolve(cls, given: Mapping[str, Any]) -> PageOptions:
         """Options from a mapping, `tests` as text, a number or a list; `BadInput` for a wrong one."""
-        known = [each.name for each in dataclasses.fields(cls)]
-        for key in given:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                raise BadInput(f"unknown option {short(key)}; {f'did you mean {near[0]}?' if near else known}")
         tests = given.get("tests")
         if isinstance(tests, (list, tuple, range, np.ndarray)):
             tests = ",".join(str(each) for each in tests)
-        return options_of(cls, {**given, "tests": tests if tests is None else str(tests)})
+        return only_options_of(cls, {**given, "tests": tests if tests is None else str(tests)})
 
 
 def candidates(asked: PageOptions, tests: Ids, n_test: int) -> Ids:
