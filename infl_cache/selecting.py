@@ -36,12 +36,13 @@ def select(path: Path, choice: Choice, out: Path | None = None, kind: str | None
     """
     if out is None and kind not in (None, "txt"):
         raise BadInput(f"out: expected a file for the format {short(kind)}, found none; --out FILE")
-    written_as = chosen.require_file(out, kind) if out is not None else "txt"
+    run = Run(path)
+    n_train = int(run.folder.plan("grads")["n_rows"])
     if out is not None:
         refuse_own_files(path, out)
-    run = Run(path)
+    # It makes the folder that is missing: after whatever else can be refused at once.
+    written_as = chosen.require_file(out, kind) if out is not None else "txt"
     ids, what = _asked(run, choice)
-    n_train = int(run.folder.plan("grads")["n_rows"])
     if choice.keep:
         what = f"all but the {len(ids):,} {what}"
         ids = chosen.others(ids, n_train)

@@ -169,6 +169,8 @@ def test_damage_and_missing_stages_are_exit_code_4(here, capsys):
     for line in ("select runs/new", "select runs/new --test 0", "export runs/new --format csv", "report runs/new"):
         assert call(line) == 4
         assert "infl-cache " in capsys.readouterr().err.partition("run ")[2]
+    assert call("select runs/new --out made/ids.txt") == 4
+    assert not Path("made").exists()
     finished()
     assert call("verify runs/r") == 0
     chunk = Path("runs/r/grad_z.zarr/loss/c.0")

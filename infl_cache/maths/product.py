@@ -1,14 +1,16 @@
 r"""The matrix product that everything of stage 3 comes down to: :math:`A B^T`, float32 out, on the fastest units.
 
 On a CPU float32 goes through oneDNN where PyTorch has it: on processors that MKL has no kernels for it is about twice
-as fast as `torch.mm`, to the same accuracy (scripts/bench_influence.py shows both). bfloat16 operands use the matrix
-units there are (AMX, AVX-512, tensor cores). These add in float32; where PyTorch can only give the sum back in
-bfloat16, columns are cut into slabs whose sums are added in float32.
+as fast as `torch.mm`, to the same accuracy (scripts/bench_influence.py shows both). Where MKL has them, what is added
+to a sum is added by MKL, in place. bfloat16 operands use the matrix units there are (AMX, AVX-512, tensor cores). These
+add in float32; where PyTorch can only give the sum back in bfloat16, columns are cut into slabs whose sums are added in
+float32.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     >>> total
     tensor([[12.,  3.]])
     """
-    if a.dtype != torch.float32 or a.device.type != "cpu":
+    if a.dtype != torch.float32 or a.device.type != "cpu" or _has_mkl_kernels():
         total.addmm_(a, b.T)
         return
     step, b = max(1, ROOM // max(1, len(b))), b.contiguous()
@@ -58,6 +60,21 @@ def _narrow_product(a: Tensor, b: Tensor) -> Tensor:
         at = slice(start, start + SLAB)
         total += a[:, at] @ b[:, at].T
     return total
+
+
+@functools.cache
+def _has_mkl_kernels() -> bool:
+    """Whether MKL has kernels for this processor: sums in place are then faster than products beside them.
+
+    By its maker, not by trial: the same machine must do the same arithmetic in every process.
+    """
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return False
+    try:
+        with open("/proc/cpuinfo") as file:
+            return any("GenuineIntel" in line for line in itertools.islice(file, 64))
+    except OSError:  # not Linux
+        return False
 
 
 @functools.cache

@@ -25,10 +25,13 @@ AUTO_MARGIN = 1.5
 def needs_spectrum(options: StestOptions) -> bool:
     """Whether the curvature is looked at before: by what chooses from it, iterates, or is to be warned.
 
-    `fisher` and `ekfac` invert what they have made, and a sum of squares is never indefinite.
+    `fisher` and `ekfac` invert what they have made, `lissa` chooses its scale from it unless that was asked for, and a
+    sum of squares is never indefinite.
     """
-    made = options.solver == "fisher" or (options.solver == "ekfac" and curvature_kind(options) != "hessian")
-    return options.damping == "auto" or not made
+    chosen = options.solver == "ekfac" or (options.solver == "lissa" and options.scale is not None)
+    return options.damping == "auto" or not (
+        options.solver == "fisher" or (chosen and curvature_kind(options) != "hessian")
+    )
 
 
 def known_damping(run: Opened) -> float:

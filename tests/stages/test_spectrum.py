@@ -127,6 +127,9 @@ def test_automatic_damping_counts_weight_decay():
         ({"solver": "cg"}, True),
         ({"solver": "ekfac", "damping": "auto"}, True),
         ({"solver": "ekfac", "curvature": "hessian"}, True),
+        ({"solver": "lissa", "scale": 50.0, "depth": 5}, False),
+        ({"solver": "lissa", "depth": 5}, True),
+        ({"solver": "lissa", "scale": 50.0, "depth": 5, "curvature": "hessian"}, True),
     ],
 )
 def test_only_who_chooses_or_is_to_be_warned_looks_at_the_spectrum(options, looks, tmp_path):

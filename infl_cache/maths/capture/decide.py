@@ -249,14 +249,16 @@ def _alike(found: Tensor, expected: Tensor | None, norm: float) -> bool:
     """Equal but for what a flipped kink changes."""
     if found.dtype == torch.float64:
         return _close(found, expected, norm)
-    difference = found if expected is None else found - expected
-    return not bool(torch.isfinite(difference).all()) or float(difference.norm()) <= LARGEST_KINK * norm
+    # What is not finite was compared by `_close`; the norm says so in one pass.
+    distance = float((found if expected is None else found - expected).norm())
+    return not math.isfinite(distance) or distance <= LARGEST_KINK * norm
 
 
 def _close(found: Tensor, expected: Tensor | None, norm: float) -> bool:
     """Equal up to rounding: relative to the parameter's own gradient, and to the whole gradient's norm."""
     expected = torch.zeros_like(found) if expected is None else expected
     relative, floor = (1e-9, 1e-11) if found.dtype == torch.float64 else (2e-3, 1e-5)
-    if not (torch.isfinite(found).all() and torch.isfinite(expected).all()):
+    distance = float((found - expected).norm())
+    if not math.isfinite(distance) and not (torch.isfinite(found).all() and torch.isfinite(expected).all()):
         return bool(torch.equal(torch.isfinite(found), torch.isfinite(expected)))
-    return float((found - expected).norm()) <= relative * float(expected.norm()) + floor * norm
+    return distance <= relative * float(expected.norm()) + floor * norm

@@ -80,6 +80,12 @@ class Cut:
         values = {name: like.new_zeros(len(like), *shape) for name, shape in shapes.items()}
         return cls(like.new_zeros(len(like), forms.n_dense), values)
 
+    def scale_and_add(self, keep: float, other: Cut) -> None:
+        """`keep` times this, plus the other, in place."""
+        for name, value in self.values.items():
+            torch.add(other.values[name], value, alpha=keep, out=value)
+        torch.add(other.dense, self.dense, alpha=keep, out=self.dense)
+
     def joined(self, forms: Forms) -> Tensor:
         """The inverse of `of`: (K, n_params)."""
         sizes = dict(zip(forms.parameters.names, forms.parameters.sizes, strict=True))
@@ -188,8 +194,26 @@ def product(forms: Forms, jacobians: Iterable[Jacobian], vectors: Tensor) -> Ten
     """`sum_i J_i^T H_i J_i v` for each row v of `vectors` (K, n_params)."""
     cut, total = Cut.of(forms, vectors), Cut.zeros(forms, vectors)
     for jacobian in jacobians:
-        coefficients = times(forms, jacobian, cut)
-        if jacobian.hessian is not None:
-            coefficients = coefficients @ jacobian.hessian
-        add_transposed(forms, jacobian, coefficients, total)
+        add_transposed(forms, jacobian, curved(forms, jacobian, cut), total)
     return total.joined(forms)
+
+
+def curved(forms: Forms, jacobian: Jacobian, vectors: Cut) -> Tensor:
+    """`H_i J_i v`: (B, K, C)."""
+    coefficients = times(forms, jacobian, vectors)
+    return coefficients if jacobian.hessian is None else coefficients @ jacobian.hessian
+
+
+def steps(
+    forms: Forms, jacobians: Iterable[Jacobian], vectors: Tensor, rhs: Tensor, keep: float, part: float
+) -> Tensor:
+    """`h <- v + keep h - part G h` for each of some batches in turn, G the mean of `J_i^T H_i J_i` over the batch.
+
+    `vectors` and `rhs` are h and v, (K, n_params). Everything is added to h where it lies: memory costs more than sums.
+    """
+    h, v = Cut.of(forms, vectors.clone()), Cut.of(forms, rhs)
+    for jacobian in jacobians:
+        coefficients = curved(forms, jacobian, h).mul_(-part / jacobian.size)
+        h.scale_and_add(keep, v)
+        add_transposed(forms, jacobian, coefficients, h)
+    return h.joined(forms)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infl_cache.errors import BadInput
-from infl_cache.maths.curvature.jacobian import Jacobian, product
+from infl_cache.maths.curvature.jacobian import Jacobian, product, steps
 from infl_cache.maths.curvature.products import batch_product
 from infl_cache.maths.curvature.rows import Rows
 from infl_cache.maths.params import Parameters
@@ -81,6 +81,19 @@ class Curvature:
             return self.mean_over(self.pick(positions), len(positions), vectors)
         total = product(self.rows.forms, self._ticking([rows]), vectors)
         return total.div_(len(positions)).add_(vectors, alpha=self.shift)
+
+    def steps(self, batches: Sequence[Sequence[int]], vectors: Tensor, rhs: Tensor, scale: float) -> Tensor:
+        """`h <- v + h - (C_b + shift I) h / scale` for each b, C_b the mean over a batch of training samples.
+
+        `vectors` and `rhs` are h and v, (K, n_params); neither is written to.
+        """
+        rows = self.rows
+        if rows is not None and rows.kept():
+            found = (part for positions in batches if (part := rows.of_samples(positions)) is not None)
+            return steps(rows.forms, self._ticking(found), vectors, rhs, 1 - self.shift / scale, 1 / scale)
+        for positions in batches:
+            vectors = (vectors + rhs).add_(self.sampled(positions, vectors), alpha=-1 / scale)
+        return vectors
 
     def mean_over(self, batches: Iterable[Batch], n: int, vectors: Tensor) -> Tensor:
         """The same with C the mean over the `n` samples of the given batches."""

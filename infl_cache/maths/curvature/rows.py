@@ -41,9 +41,13 @@ class Rows:
     row_bytes: int
     of_batch: Callable[[Batch], Jacobian] | None = None
 
+    def kept(self) -> Sequence[Jacobian] | None:
+        """Those of the whole training set, where they are kept in memory."""
+        return self.passes.kept() if isinstance(self.passes, Remembered) else None
+
     def of_samples(self, positions: Sequence[int]) -> Jacobian | None:
         """The rows of some samples, by their places in a pass; None where rows are not kept in memory."""
-        every = self.passes.kept() if isinstance(self.passes, Remembered) else None
+        every = self.kept()
         if not every:
             return None
         starts = list(itertools.accumulate((each.size for each in every), initial=0))

@@ -78,7 +78,7 @@ class LiSSA:
         done, steps = torch.zeros(len(rhs), dtype=torch.int64), torch.zeros(len(rhs), dtype=torch.int64)
         residual, bound = (torch.full((len(rhs),), math.inf, dtype=torch.float64, device=rhs.device) for _ in range(2))
         kept, first = keeper.found(), 0
-        kept = kept if kept is not None and "done" in kept else None  # older versions kept another state
+        kept = kept if kept is not None and "residuals" in kept else None  # older versions kept another state
         if kept is not None:
             total, first = kept["total"].to(rhs), int(kept["repeat"])
             done, steps = kept["done"].cpu().clone(), kept["steps"].cpu().clone()
@@ -98,7 +98,9 @@ class LiSSA:
             done[left] += 1
             steps[left] += walk.counts[:, 0]
             value = total / done.to(rhs)[:, None]
-            residual = relative_residual(operator, value, rhs)
+            # The mean of one recursion was looked at when it was kept.
+            seen = repeat == 0 and bool(torch.isfinite(walk.residuals).all())
+            residual = walk.residuals.to(rhs.device) if seen else relative_residual(operator, value, rhs)
             bound = self._bound(smallest, residual, value, rhs)
             if bool((bound <= self.tolerance).all()):
                 break
@@ -130,21 +132,21 @@ class LiSSA:
             walk.counts[:, 2] = self._depth(smallest, float(walk.reals[0, 0]))
         while (group := walk.together(n, self.tolerance)) is not None:
             rows, steps, batch, scale = group
-            h, v, generator = walk.h[rows], rhs[rows], walk.generator_of(rows)
-            for _ in range(steps):
-                found = _sampled(operator, batch, generator, h)
-                # In place: memory that is new to the process costs more than the sum.
-                h.add_(v).add_(found, alpha=-1 / scale)
+            v, generator = rhs[rows], walk.generator_of(rows)
+            h = _stepped(operator, steps, batch, generator, walk.h[rows], v, scale)
             walk.h[rows] = h
             walk.generators[rows] = generator.get_state()
             walk.counts[rows, 0] += steps
-            bound = self._looked(operator, smallest, h / scale, v)
+            residual = relative_residual(operator, h / scale, v)
+            bound = self._bound(smallest, residual, h / scale, v)
+            # Zero where it is not a number, which no more steps will change.
+            worst = torch.where(torch.isnan(bound), 0.0, bound).tolist()
             far = self._diverged(operator, h, v, scale)
             for place, row in enumerate(rows.tolist()):
                 if far[place]:
                     self._start_over(walk, row, rhs, smallest)
                 else:
-                    self._decide(walk, row, bound[place], n)
+                    self._decide(walk, row, worst[place], float(residual[place]), n)
             offer(walk.state)
 
     def _start_over(self, walk: _Walk, row: int, rhs: Tensor, smallest: float) -> None:
@@ -158,13 +160,13 @@ class LiSSA:
         walk.reals[row] = torch.tensor([scale, float(walk.reals[row, 1]), math.inf], dtype=torch.float64)
         walk.counts[row, 2], walk.counts[row, 3] = step + self._depth(smallest, scale), doublings + 1
 
-    def _decide(self, walk: _Walk, row: int, worst: float, n: int) -> None:
+    def _decide(self, walk: _Walk, row: int, worst: float, residual: float, n: int) -> None:
         """Keep what is better, and see how a row goes on."""
         scale, best, last = walk.reals[row].tolist()
         batch = int(walk.counts[row, 1])
         if worst < best:
             walk.best[row] = walk.h[row] / scale
-            walk.reals[row, 1] = worst
+            walk.reals[row, 1], walk.residuals[row] = worst, residual
         if worst > 0.9 * last and batch < n:
             if self.sample_batch is not None:
                 walk.finish(row)  # the noise of the batch size that was asked for: it will not get better
@@ -178,12 +180,6 @@ class LiSSA:
         limit = 1e3 * scale * norms(rhs) / max(operator.shift, 1e-3 * scale)
         far: list[bool] = (torch.isfinite(norms(rhs)) & ~(norms(h) <= limit)).tolist()
         return far
-
-    def _looked(self, operator: Curvature, smallest: float, value: Tensor, rhs: Tensor) -> list[float]:
-        """The bound of each row; zero where it is not a number, which no more steps will change."""
-        bound = self._bound(smallest, relative_residual(operator, value, rhs), value, rhs)
-        found: list[float] = torch.where(torch.isnan(bound), 0.0, bound).tolist()
-        return found
 
     def _bound(self, smallest: float, residual: Tensor, value: Tensor, rhs: Tensor) -> Tensor:
         """`|residual| / (smallest |s|)`, an upper bound of the relative error; the residual itself without damping."""
@@ -222,19 +218,20 @@ def steps_needed(scale: float, smallest: float, tolerance: float) -> int:
 class _Walk:
     """Where one recursion has come to, row by row.
 
-    `reals` (K, 3) are scale, best bound and last bound; `counts` (K, 5) step, batch, depth, doublings and whether the
-    row has come to its end; `generators` (K, .) the states of what draws its batches.
+    `reals` (K, 3) are scale, best bound and last bound, `residuals` (K,) those of the best; `counts` (K, 5) step,
+    batch, depth, doublings and whether the row has come to its end; `generators` (K, .) what draws its batches.
     """
 
     def __init__(self, rhs: Tensor, scale: float, seed: int, kept: State | None) -> None:
         self.h, self.best = rhs.clone(), rhs / scale
         self.reals = torch.tensor([[scale, math.inf, math.inf]], dtype=torch.float64).repeat(len(rhs), 1)
+        self.residuals = torch.full((len(rhs),), math.inf, dtype=torch.float64)
         self.counts = torch.zeros(len(rhs), 5, dtype=torch.int64)
         self.seed, self.generators = seed, torch.Generator().manual_seed(seed).get_state().repeat(len(rhs), 1)
         if kept is not None:
             self.h, self.best = kept["h"].to(rhs, copy=True), kept["best"].to(rhs, copy=True)
-            self.reals, self.counts, self.generators = (
-                kept[name].cpu().clone() for name in ("reals", "counts", "generators")
+            self.reals, self.residuals, self.counts, self.generators = (
+                kept[name].cpu().clone() for name in ("reals", "residuals", "counts", "generators")
             )
 
     def together(self, n: int, tolerance: float) -> tuple[Tensor, int, int, float] | None:
@@ -243,8 +240,8 @@ class _Walk:
         going = (self.counts[:, 4] == 0) & (step < depth) & (self.reals[:, 1] > tolerance)
         if not bool(going.any()):
             return None
-        # A look costs one pass over the data: every second pass' worth of steps, every 20th of full passes.
-        steps = torch.minimum(depth - step, torch.where(batch == n, 20, -(-2 * n // batch)))
+        # A look costs one pass over the data: every fourth pass' worth of steps, every 20th of full passes.
+        steps = torch.minimum(depth - step, torch.where(batch == n, 20, -(-4 * n // batch)))
         least = going & (batch == batch[going].min())
         first = int(torch.where(least, step, torch.iinfo(torch.int64).max).argmin())
         same = going & (steps == steps[first]) & (batch == batch[first]) & (self.reals[:, 0] == self.reals[first, 0])
@@ -271,13 +268,21 @@ class _Walk:
     def state(self) -> State:
         """Everything that goes on from here."""
         return {
-            "h": self.h, "best": self.best, "reals": self.reals, "counts": self.counts, "generators": self.generators,
+            "h": self.h, "best": self.best, "reals": self.reals, "residuals": self.residuals, "counts": self.counts,
+            "generators": self.generators,
         }  # fmt: skip
 
 
-def _sampled(operator: Curvature, batch: int, generator: torch.Generator, h: Tensor) -> Tensor:
-    """The operator with C over `batch` training samples drawn without replacement."""
-    if batch >= operator.n_train or operator.kind == "fisher":
-        return operator(h)
-    chosen = torch.randperm(operator.n_train, generator=generator)[:batch].tolist()
-    return operator.sampled(chosen, h)
+def _stepped(
+    operator: Curvature, steps: int, batch: int, generator: torch.Generator, h: Tensor, v: Tensor, scale: float
+) -> Tensor:
+    """So many steps from h, which may be overwritten, each with C over `batch` samples drawn without replacement."""
+    n = operator.n_train
+    if batch < n and operator.kind != "fisher":
+        drawn = [torch.randperm(n, generator=generator)[:batch].tolist() for _ in range(steps)]
+        return operator.steps(drawn, h, v, scale)
+    for _ in range(steps):
+        found = operator(h)
+        # In place: memory that is new to the process costs more than the sum.
+        h.add_(v).add_(found, alpha=-1 / scale)
+    return h

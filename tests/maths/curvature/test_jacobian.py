@@ -258,3 +258,27 @@ def test_a_product_over_some_samples_is_their_mean_whether_rows_are_kept_or_not(
     assert len(calls) == (0 if before else 4) + (0 if share == 1 else 2)
     assert torch.equal(found[0], found[1])
     assert relative_error(found[0], expected) <= 1e-10
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", ["mlp", "convnet", "tied", "regression", "attention"])
+def test_steps_are_those_of_single_products_and_leave_what_they_are_given(name, count, share):
+    task = TASKS[name]()
+    cast, forms, row_bytes, _ = found_for(task)
+    batches = [[1, 2], [0, 3, 2], [2]]
+    with operator_of(task, damping=0.3) as operator:
+        start, rhs = (normal(count, operator.parameters.size, seed=seed) for seed in (1, 2))
+        given = start.clone(), rhs.clone()
+        kept = remembered(whole(cast, forms, 3), int(share * 1e9), Jacobian.n_bytes.__get__)
+        object.__setattr__(
+            operator, "rows", Rows(forms, kept, row_bytes, functools.partial(capture_jacobian, cast, forms))
+        )
+        found = operator.steps(batches, start, rhs, 7.0)
+        expected = start
+        for batch in batches:
+            product = operator.mean_over(operator.pick(batch), len(batch), expected)
+            expected = rhs + expected - product / 7.0
+    assert relative_error(found, expected) <= 1e-12
+    assert torch.equal(start, given[0])
+    assert torch.equal(rhs, given[1])
