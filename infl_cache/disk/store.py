@@ -10,6 +10,7 @@ crc32c, NaN as fill value (a chunk that went missing must never look like a zero
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -17,12 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from infl_cache.disk.codecs import CRC_BYTES, Codec, stored_checksum
 from infl_cache.disk.direct import write_durably
@@ -36,7 +36,7 @@ Array = NDArray[np.generic]
 Stored: TypeAlias = "zarr.Array[Any]"
 METADATA = "zarr.json"
 # What may make bytes of numbers; of no other codec is anything read.
-CODECS = {BytesCodec, BloscCodec, Crc32cCodec}
+CODECS = {"bytes", "blosc", "crc32c"}
 ENCODERS = os.cpu_count() or 1
 # Waiting for the disk in one thread, the others go on.
 WRITERS = 4
@@ -66,13 +66,10 @@ class Store:
         self.layouts = {layout.path: layout for layout in layouts}
         # Where a block's way to the disk takes its time, on the clock; "write" includes the sync of each file.
         self.seconds = {"encode": 0.0, "write": 0.0, "sync": 0.0}
-        try:
-            self._arrays = _opened(folder, self.layouts, "r+" if mode == "r+" else "r")
-        except Exception as error:  # zarr raises many kinds for metadata that it does not understand
-            raise DamagedStore(
-                f"{folder}: expected the arrays of the manifest's plan, found others"
-                f" ({' '.join(str(error).split())[:160]}); restore {METADATA}, or start the stage over with --force"
-            ) from error
+        self._arrays: dict[str, Stored] = {}
+        with self._understood():
+            for layout in self.layouts.values():
+                _check_laid_out(folder, layout)
 
     def write_block(self, block: Block, data: Mapping[str, Array]) -> tuple[FileRecord, ...]:
         """Write the rows of `block` into every array; return once files and their names are on the disk."""
@@ -131,6 +128,23 @@ class Store:
         yield
         self.seconds[name] += time.perf_counter() - started
 
+    def _array(self, path: str) -> Stored:
+        """An array, opened by zarr when it is first read: that takes longer than to read a small one."""
+        if path not in self._arrays:
+            with self._understood():
+                self._arrays[path] = zarr.open_array(self.folder / path, mode="r", zarr_format=3)
+        return self._arrays[path]
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # metadata that nobody understands raise many kinds
+            raise DamagedStore(
+                f"{self.folder}: expected the arrays of the manifest's plan, found others"
+                f" ({' '.join(str(error).split())[:160]}); restore {METADATA}, or start the stage over with --force"
+            ) from error
+
     def read_block(self, block: Block, paths: Iterable[str] | None = None) -> dict[str, Array]:
         """The rows of `block` of the named arrays (all by default); the codec checks every byte.
 
@@ -138,9 +152,10 @@ class Store:
         ledger by the caller (`run`), because a missing chunk would read as NaN in silence.
         """
         read = {}
-        for path in self._arrays if paths is None else paths:
+        for path in self.layouts if paths is None else paths:
+            array = self._array(path)
             try:
-                read[path] = np.asarray(self._arrays[path][block.start : block.stop])
+                read[path] = np.asarray(array[block.start : block.stop])
             except Exception as error:  # zarr and its codecs raise many kinds for bytes they cannot decode
                 raise DamagedStore(
                     f"{self.folder / path}: rows {block.start} to {block.stop - 1} cannot be read"
@@ -154,20 +169,18 @@ class Store:
         return read
 
 
-def _opened(folder: Path, layouts: Mapping[str, ArrayLayout], mode: Literal["r", "r+"]) -> dict[str, Stored]:
-    """The arrays of a store; `ValueError` unless their rows have the shape, type and kinds of codecs laid out."""
-    group, arrays = zarr.open_group(folder, mode=mode, zarr_format=3), {}
-    for path, layout in layouts.items():
-        array = group[path]
-        if not isinstance(array, zarr.Array):
-            raise ValueError(f"{path}: a group")
-        kinds = {type(codec) for codec in array.metadata.codecs}  # type: ignore[union-attr]
-        found = (array.shape[1:], array.chunks, np.dtype(array.dtype))  # a store that grows may have fewer rows
-        if found != (layout.shape[1:], layout.chunks, np.dtype(layout.dtype)) or not kinds <= CODECS:
-            raise ValueError(f"{path}: {array.dtype} of shape {array.shape} in chunks of {array.chunks}")
-        # A run-time setting that zarr does not store: it must be set at every opening.
-        arrays[path] = array.with_config({"write_empty_chunks": True})
-    return arrays
+def _check_laid_out(folder: Path, layout: ArrayLayout) -> None:
+    """`ValueError` unless an array's rows have the shape, type and kinds of codecs laid out."""
+    metadata = json.loads((folder / layout.path / METADATA).read_bytes())
+    if metadata["node_type"] != "array":
+        raise ValueError(f"{layout.path}: a group")
+    shape, chunks = (
+        tuple(each) for each in (metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"])
+    )
+    found = (shape[1:], chunks, metadata["data_type"])  # a store that grows may have fewer rows
+    kinds = {codec["name"] for codec in metadata["codecs"]}
+    if found != (layout.shape[1:], layout.chunks, np.dtype(layout.dtype).name) or not kinds <= CODECS:
+        raise ValueError(f"{layout.path}: {metadata['data_type']} of shape {shape} in chunks of {chunks}")
 
 
 def create_store(folder: Path, layouts: Iterable[ArrayLayout], codec: Codec) -> tuple[FileRecord, ...]:
