@@ -27,11 +27,12 @@ Vectors = dict[str, Tensor]
 
 
 def batch_product(
-    task: Task, parameters: Parameters, kind: str, batch: Batch, vectors: Tensor, note: Callable[[str], None]
-) -> Tensor:
+    task: Task, parameters: Parameters, kind: str, batch: Batch, vectors: Tensor, note: Callable[[str], None],
+    plain: bool = False,
+) -> Tensor:  # fmt: skip
     """The sum over one batch of `C_i v` for each row v of `vectors` (K, n_params), in their dtype.
 
-    `note` hears of a slower way that had to be taken.
+    `note` hears of a slower way that had to be taken; a `plain` loop over the vectors is asked for.
     """
     data, theta, dtype = batch.data, values_of(task.model, parameters), vectors.dtype
     fixed: Vectors = {}
@@ -41,7 +42,7 @@ def batch_product(
     pieces, size = unflatten(parameters, vectors), len(batch.indices)
     # The fused attention kernels cannot be differentiated twice; the plain one can.
     with sdpa_kernel(SDPBackend.MATH):
-        if _one_at_a_time(task.model):
+        if plain or _one_at_a_time(task.model):
             with _blaming(own, dtype):
                 return flatten(parameters, _looped(kind, task, theta, fixed, data, size, pieces), leading=1)
         try:
@@ -202,18 +203,12 @@ def loss_hessian(task: Task, outputs: Tensor, data: Any, size: int) -> Tensor:
 
     count = flat.shape[1]
     basis = torch.eye(count, dtype=flat.dtype, device=flat.device).unsqueeze(1).expand(count, size, count)
-    try:
-        columns: Tensor = vmap(_pullback(grad(total), flat))(basis)
-    except BadInput:
-        raise
-    except Exception as error:  # a loss that torch.func or vmap has no rule for
-        if out_of_memory(error):
-            raise
-        with blaming("second derivative of the loss"), torch.enable_grad():
-            at = flat.clone().requires_grad_(True)
-            # What does not depend on the outputs, or only linearly, is attached to them by a zero.
-            (first,) = torch.autograd.grad(total(at) + 0 * at.sum(), at, create_graph=True)
-            first = first if first.requires_grad else first + 0 * at
-            parts = [torch.autograd.grad(first, at, each, retain_graph=True, allow_unused=True)[0] for each in basis]
-            columns = torch.stack([torch.zeros_like(flat) if part is None else part for part in parts])
+    with blaming("second derivative of the loss"), torch.enable_grad():
+        at = flat.clone().requires_grad_(True)
+        # What does not depend on the outputs, or only linearly, is attached to them by a zero.
+        (first,) = torch.autograd.grad(total(at) + 0 * at.sum(), at, create_graph=True)
+        first = first if first.requires_grad else first + 0 * at
+        # One after the other: C passes through the loss are little beside the C through the model.
+        parts = [torch.autograd.grad(first, at, each, retain_graph=True, allow_unused=True)[0] for each in basis]
+    columns = torch.stack([torch.zeros_like(flat) if part is None else part for part in parts])
     return columns.transpose(0, 1).contiguous()
