@@ -7,7 +7,8 @@ import functools
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,10 @@ def weights_digest(model: nn.Module) -> str:
     return hasher.hexdigest()
 
 
+# Of functions that have been read, their code and text.
+_TEXTS: MutableMapping[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
+
+
 def code_digest(function: Callable[..., Any] | None) -> str:
     """What a function does, as far as its text tells: source, defaults, what it closes over, the object it belongs to.
 
@@ -169,7 +174,20 @@ def _feed_used(hasher: Any, value: Any, seen: set[int]) -> None:
 
 
 def _text_of(function: Any) -> str:
-    """A function's source without comments and layout; its name where the source is not at hand."""
+    """A function's source without comments and layout; its name where the source is not at hand.
+
+    Read once: what a process runs stays as it is, whatever becomes of the file.
+    """
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return _text_read(function)
+    known = _TEXTS.get(function)
+    if known is None or known[0] is not code:
+        known = _TEXTS[function] = (code, _text_read(function))
+    return known[1]
+
+
+def _text_read(function: Any) -> str:
     try:
         text = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
