@@ -52,8 +52,8 @@ export: $(STAMP) ## the finished matrix as json, csv or parquet: ARGS='--format 
 test: $(STAMP) ## all tests, a part of the files on each core
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-faults: $(STAMP) ## the long versions of the tests of faults, with their seeds; takes long
-	INFL_CACHE_FAULTS=long $(BIN)/python -m pytest tests/faults -s --durations 5
+faults: $(STAMP) ## the long versions of the tests of faults, with their seeds, on all cores
+	INFL_CACHE_FAULTS=long $(BIN)/python -m pytest tests/faults --numprocesses logical --maxprocesses 8 -rP --durations 5
 
 check: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

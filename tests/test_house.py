@@ -8,7 +8,7 @@ import pytest
 import infl_cache.errors
 
 PACKAGE = Path(infl_cache.errors.__file__).parent
-GROUND = ("errors", "progress", "config", "interrupt", "heap")
+GROUND = ("errors", "progress", "config", "interrupt", "heap", "processor")
 ROOF = (
     "infl_cache.stages", "infl_cache.reading", "infl_cache.pipeline", "infl_cache.arguments", "infl_cache.__main__",
     "infl_cache.ptif", "infl_cache.plotting", "infl_cache.selecting", "infl_cache.trusted", "infl_cache.pages",

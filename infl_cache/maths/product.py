@@ -10,10 +10,11 @@ float32.
 from __future__ import annotations
 
 import functools
-import itertools
 
 import torch
 from torch import Tensor
+
+from infl_cache.processor import made_by_intel
 
 # Numbers of a product that is made beside what it is added to.
 ROOM = 2**21
@@ -62,19 +63,9 @@ def _narrow_product(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-@functools.cache
 def _has_mkl_kernels() -> bool:
-    """Whether MKL has kernels for this processor: sums in place are then faster than products beside them.
-
-    By its maker, not by trial: the same machine must do the same arithmetic in every process.
-    """
-    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
-        return False
-    try:
-        with open("/proc/cpuinfo") as file:
-            return any("GenuineIntel" in line for line in itertools.islice(file, 64))
-    except OSError:  # not Linux
-        return False
+    """Whether MKL has kernels for this processor: sums in place are then faster than products beside them."""
+    return made_by_intel() and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 
 
 @functools.cache

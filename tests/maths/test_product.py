@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infl_cache.maths import product as products
-from infl_cache.maths.product import product
+from infl_cache.maths.product import add_product, product
 
 
 def pair(rows, columns, inner, dtype=torch.float32):
@@ -29,6 +29,16 @@ def test_operands_may_be_slices_of_others():
     a, b = pair(8, 9, 40)
     torch.testing.assert_close(product(a[::2, 3:17], b[1:, 3:17]), a[::2, 3:17] @ b[1:, 3:17].T)
     torch.testing.assert_close(product(a.T[:14].T, b.T[:14].T), a[:, :14] @ b[:, :14].T)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (0, 3, 4), (5, 7, 0), (20, 300, 64), (3000, 900, 11)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_product_is_added_whichever_way_is_faster(shape, dtype, in_place, monkeypatch):
+    monkeypatch.setattr(products, "_has_mkl_kernels", lambda: in_place)
+    (a, b), total = pair(*shape, dtype), torch.ones(shape[0], shape[1], dtype=dtype)
+    add_product(total, a.T.contiguous().T, b)
+    torch.testing.assert_close(total.double(), 1 + a.double() @ b.double().T, rtol=1e-5, atol=1e-5 * 64**0.5)
 
 
 def test_without_onednn_it_is_plain(monkeypatch):
