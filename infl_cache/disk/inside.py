@@ -164,8 +164,8 @@ def _codec(value: Any) -> None:
         raise ValueError(f"codec {str(value)[:40]!r}")
 
 
-def _numbers_by_name(value: Any) -> None:
-    if not isinstance(value, dict) or not all(isinstance(each, int | float) for each in value.values()):
+def _spectrum(value: Any) -> None:
+    if not all(isinstance(value[name], int | float) for name in ("largest", "smallest", "mean", "steps", "samples")):
         raise TypeError(f"{str(value)[:40]!r} in place of numbers")
 
 
@@ -176,6 +176,6 @@ CHECKS: dict[str, Callable[[Any], object]] = {
     "spans": _some(_span), "tests": _some(_span), "samples": _some(_range), "arrays": _some(_layout),
     "metadata": _some(_record), "metadata_before": _some(_record), "codec": _codec, "layers": _some(_of(str)),
     "repairing": _some(_number), "forms": _of(dict), "matrix": _of(bool), "damping": _of((int, float)),
-    "curvature": _of(str), "measure": _of(str), "parameters_dtype": _of(str), "spectrum": _numbers_by_name,
+    "curvature": _of(str), "measure": _of(str), "parameters_dtype": _of(str), "spectrum": _spectrum,
     "rounding": _of(dict),
 }  # fmt: skip

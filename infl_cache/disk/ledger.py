@@ -146,7 +146,8 @@ def _connect(path: Path, read_only: bool) -> sqlite3.Connection:
         connection.executescript(_SCHEMA)
         return connection
     except sqlite3.DatabaseError as error:
-        if "disk I/O" in str(error) and shutil.disk_usage(path.parent).free < ROOM:
+        little = shutil.disk_usage(path.parent).free < ROOM
+        if "disk is full" in str(error) or ("disk I/O" in str(error) and little):
             raise DiskFull(
                 f"{path}: the disk is full, not even the ledger has room; make some and try again"
             ) from error

@@ -67,6 +67,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def forget_unbegun(folder: Path) -> None:
-    """Leave no trace of a run that was refused before its first stage began."""
+    """Leave no trace of a run that was refused before its first stage began, or had no room to; under the lock.
+
+    The ledger goes last: as long as it is there, whoever is killed here leaves a run folder.
+    """
+    remove_leftovers(folder)
     remove(folder / name for outputs in OUTPUTS.values() for name in outputs)
-    remove(folder / name for name in ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "run.yaml"))
+    remove(folder / name for name in ("run.yaml", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger.sqlite"))

@@ -10,8 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from infl_cache.config import short
 from infl_cache.errors import BadInput
 from infl_cache.maths.task import Task, blaming
+
+# Characters of a reference: what is longer is no name, and nobody wants to read it again in a message.
+LONGEST = 2000
 
 
 def load_task(reference: str, arguments: Mapping[str, Any] | None = None) -> Task:
@@ -32,8 +36,8 @@ def load_task(reference: str, arguments: Mapping[str, Any] | None = None) -> Tas
     5
     """
     place, colon, name = str(reference).rpartition(":")
-    if not colon or not name.isidentifier():
-        raise BadInput(f"task: expected path/to/file.py:function or package.module:function, found {reference!r}")
+    if not colon or not name.isidentifier() or len(str(reference)) > LONGEST:
+        raise BadInput(f"task: expected path/to/file.py:function or package.module:function, found {short(reference)}")
     function = getattr(_load_module(place), name, None)
     if not callable(function):
         raise BadInput(f"task: expected a function {name} in {place}, found none")

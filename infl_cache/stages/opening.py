@@ -89,8 +89,8 @@ def looked_at(folder: RunFolder, task: Task, options: Options) -> Iterator[Opene
 def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
     """`looked_at`, with the folder locked and signals caught; all of it is undone on leaving."""
     with (
-        looked_at(folder, task, options) as run, folder.writing(), stop_between_blocks() as check, freed_memory_kept(),
-        workers_are_missed(),
+        workers_are_missed(), looked_at(folder, task, options) as run, folder.writing(), stop_between_blocks() as check,
+        freed_memory_kept(),
     ):  # fmt: skip
         remember_tests(folder)
         if not folder.manifest.stages and _is_frozen(run.task):

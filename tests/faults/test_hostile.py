@@ -264,6 +264,15 @@ def test_a_plan_that_no_run_can_have_is_refused_at_once(what, path, tmp_path):
     assert contents(outside) == before
 
 
+@pytest.mark.parametrize("value", [{}, {"name": "x"}, {"largest": 1.0}])
+def test_a_spectrum_without_its_numbers_is_refused(finished, tmp_path, value):
+    path = tmp_path / "edited"
+    shutil.copytree(finished, path)
+    edited(path, lambda stages: stages["stest"]["plan"].update(spectrum=value))
+    with pytest.raises(DamagedStore, match="expected a plan of stest that a run can have"):
+        Run(path).status()
+
+
 def test_a_plan_with_any_fact_of_another_kind_is_a_refusal_or_the_same_run(finished, tmp_path):
     chance = random.Random(int(os.environ.get("INFL_CACHE_SEED") or 1))
     stages = Manifest.read(finished / "manifest.json").stages

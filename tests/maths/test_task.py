@@ -175,6 +175,13 @@ def test_a_reference_that_leads_to_no_task_is_refused(what, task_file):
         load_task(reference)
 
 
+@pytest.mark.parametrize("reference", ["9" * 10_000, "a.py:" + "9" * 10_000, "9" * 10_000 + ":f"])
+def test_a_reference_without_end_is_not_said_again_in_full(reference):
+    with pytest.raises(BadInput) as refused:
+        load_task(reference)
+    assert len(str(refused.value)) < 1000
+
+
 def test_an_argument_that_the_function_does_not_take_is_refused(task_file):
     with pytest.raises(BadInput, match=r"my_task.py:make cannot be called with {'row': 3}: got an unexpected keyword"):
         load_task("my_task.py:make", {"row": 3})
