@@ -1,8 +1,10 @@
 """What all tests share: one thread for each process, and the longest files first."""
 
+import builtins
 import os
 import tempfile
 
+import pytest
 import torch
 
 # Small sums gain nothing from threads, several processes lose by them, and on one thread a sum has one order.
@@ -23,3 +25,19 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.fixture
+def uninstalled(monkeypatch):
+    """A function that makes imports of a package fail, as where it is not installed."""
+    original = builtins.__import__
+
+    def uninstall(package):
+        def without(name, *rest):
+            if name.partition(".")[0] == package:
+                raise ImportError
+            return original(name, *rest)
+
+        monkeypatch.setattr(builtins, "__import__", without)
+
+    return uninstall

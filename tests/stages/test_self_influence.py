@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import dataclasses
 import logging
 import os
@@ -222,7 +221,7 @@ def test_verify_finds_damage(tmp_path):
         assert any(name in str(fault) for fault in verify(run.folder, show=False).faults)
 
 
-def test_the_table_and_the_picture(tmp_path, monkeypatch, caplog):
+def test_the_table_and_the_picture(tmp_path, uninstalled, caplog):
     model = tasks.built(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), torch.float64)
     task = tasks.classified(model, tasks.normal(24, 1, 8, 8), 20)
     run = made(tmp_path / "r", task, solver="identity")
@@ -232,14 +231,7 @@ def test_the_table_and_the_picture(tmp_path, monkeypatch, caplog):
     picture = tmp_path / "r" / "report" / "self_influence.png"
     assert picture.read_bytes()[:4] == b"\x89PNG"
     picture.unlink()
-    original = builtins.__import__
-
-    def without(name, *rest):
-        if name.startswith("matplotlib"):
-            raise ImportError
-        return original(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    uninstalled("matplotlib")
     with caplog.at_level(logging.WARNING, logger="infl_cache"):
         suspects_report(run.folder, task)
     assert "matplotlib is not installed" in caplog.text

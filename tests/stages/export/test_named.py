@@ -1,6 +1,5 @@
 """`run.to_xarray()`: the matrix itself under names, and what else is known."""
 
-import builtins
 
 import numpy as np
 import pytest
@@ -84,18 +83,13 @@ def test_the_stores_open_in_xarray_with_the_same_names(run):
         np.testing.assert_array_equal(solved["s_test"], run.s_test(slice(None)))
 
 
-def test_without_a_matrix_or_xarray_it_says_so(run, monkeypatch):
-    original = builtins.__import__
+def test_without_xarray_it_says_so(run, uninstalled):
+    uninstalled("xarray")
+    with pytest.raises(BadInput, match=r"expected xarray, found none; pip install 'infl_cache\[xarray\]'"):
+        run.to_xarray()
 
-    def without(name, *rest):
-        if name.startswith("xarray"):
-            raise ImportError
-        return original(name, *rest)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(builtins, "__import__", without)
-        with pytest.raises(BadInput, match=r"expected xarray, found none; pip install 'infl_cache\[xarray\]'"):
-            run.to_xarray()
+def test_without_a_matrix_it_says_so(run):
     without_matrix(run.path)
     with pytest.raises(IncompleteStore, match="--no-matrix"):
         run.to_xarray()

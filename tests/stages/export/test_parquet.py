@@ -1,6 +1,5 @@
 """The long table in Parquet: every number as NumPy has it on the whole matrix, and never many rows in memory."""
 
-import builtins
 import io
 import tracemalloc
 
@@ -154,15 +153,8 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch):
     assert left < 20_000_000
 
 
-def test_a_kind_word_where_pyarrow_is_missing(run, monkeypatch, tmp_path):
-    original = builtins.__import__
-
-    def without(name, *rest):
-        if name.startswith("pyarrow"):
-            raise ImportError
-        return original(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_a_kind_word_where_pyarrow_is_missing(run, uninstalled, tmp_path):
+    uninstalled("pyarrow")
     with pytest.raises(BadInput, match=r"expected pyarrow, found none; pip install 'infl_cache\[parquet\]'"):
         export(run.folder, "parquet", tmp_path / "new" / "t.parquet", show=False)
     assert not (tmp_path / "new").exists()

@@ -1,6 +1,5 @@
 """The door to matplotlib: files that are whole and the same, axes of others, and a kind word where it is missing."""
 
-import builtins
 import dataclasses
 import subprocess
 import sys
@@ -95,15 +94,8 @@ assert "matplotlib.pyplot" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_kind_word_where_matplotlib_is_missing(tmp_path, monkeypatch, caplog):
-    original = builtins.__import__
-
-    def without(name, *rest):
-        if name.startswith("matplotlib"):
-            raise ImportError
-        return original(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_a_kind_word_where_matplotlib_is_missing(tmp_path, uninstalled, caplog):
+    uninstalled("matplotlib")
     with pytest.raises(
         BadInput, match=r"figures: expected matplotlib, found none; pip install 'infl_cache\[figures\]'"
     ):
