@@ -1,6 +1,5 @@
 """`run.to_xarray()`: the matrix itself under names, and what else is known."""
 
-
 import numpy as np
 import pytest
 
