@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,8 +68,9 @@ def _load_module(place: str) -> Any:
                         " you mean path/to/file.py:function?"
                     ) from None
                 raise
-    path = Path(place).resolve()
-    if not path.is_file():
+    # `os.path` answers for names that no file can have, too.
+    path = Path(os.path.realpath(place)) if "\0" not in place else Path()
+    if not os.path.isfile(path):
         raise BadInput(f"task: expected a Python file, found none at {place}")
     # Its neighbours can be imported, and its classes pickled for worker processes, as if it had been run.
     if str(path.parent) not in sys.path:

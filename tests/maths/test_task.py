@@ -159,6 +159,8 @@ REFERENCES = {
     "no function": ("my_task.py", r"task: expected path/to/file.py:function or package.module:function, found 'my_t"),
     "no name": ("my_task.py:make()", r"task: expected path/to/file.py:function or package.module:function, found"),
     "no file": ("other.py:make", r"task: expected a Python file, found none at other.py"),
+    "no name of a file": (f"{'long' * 100}.py:make", r"task: expected a Python file, found none at longlong"),
+    "no name at all": ("o\0ther.py:make", r"task: expected a Python file, found none at o"),
     "no module": ("nowhere.to_be_found:make", r"task: expected a Python module, found none called nowhere; .*\?$"),
     "no such function": ("my_task.py:mkae", r"task: expected a function mkae in my_task.py, found none"),
     "not a function": ("my_task.py:VALUE", r"task: expected a function VALUE in my_task.py, found none"),
