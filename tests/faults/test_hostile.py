@@ -19,7 +19,7 @@ import pytest
 
 from infl_cache import Run
 from infl_cache.__main__ import main
-from infl_cache.disk.ledger import Ledger
+from infl_cache.disk.ledger import BlockRecord, FileRecord, Ledger
 from infl_cache.disk.manifest import Manifest
 from infl_cache.disk.store import record_of_file
 from infl_cache.errors import BadInput, DamagedStore, ForeignRun, IncompleteStore, InflCacheError
@@ -400,4 +400,8 @@ def test_a_foreign_codec_is_refused(codec, path):
 
 def test_what_is_left_of_a_ledger_can_still_be_committed_to(tmp_path):
     Ledger(tmp_path / "ledger.sqlite").close()
-    Ledger(tmp_path / "ledger.sqlite").close()
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    record = BlockRecord("grads", 0, 0, 4, "digest", 0, (), 1.0, 2.0, (FileRecord("grad_z.zarr/loss/c.0", 9, 7),))
+    ledger.commit(record)
+    ledger.close()
+    assert Ledger(tmp_path / "ledger.sqlite", read_only=True).done("grads") == {0: record}
