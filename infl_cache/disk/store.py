@@ -4,8 +4,8 @@ Zarr makes the stores and reads them. Blocks are written by ourselves, whole chu
 would write: its own way, with more copies, takes 1.3 to 1.9 times as long (medians, scripts/bench_store.py).
 
 Zarr v3 arrays, one chunk grid per array with whole chunk files per block, codecs blosc then
-crc32c, NaN as fill value (a chunk that went missing must never look like a zero gradient),
-`write_empty_chunks` on (or an all-NaN chunk would leave no file).
+crc32c, NaN as fill value (a chunk that went missing must never look like a zero gradient).
+Every chunk of a block has its file, also one of nothing but NaN.
 """
 
 from __future__ import annotations
@@ -215,7 +215,6 @@ def _lay_out(place: Path | zarr.storage.MemoryStore, layouts: Iterable[ArrayLayo
             # One flat folder of chunk files an array: one folder to sync a block.
             chunk_key_encoding={"name": "default", "separator": "."},
             dimension_names=layout.axes or ("sample", *(f"axis{i}" for i in range(1, len(layout.shape)))),
-            config={"write_empty_chunks": True},
             attributes=_attributes(layout),
         )
 
