@@ -83,7 +83,7 @@ def output_rows(
         vectors = torch.randn(2, forms.parameters.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         vectors = vectors.to(rows.dense)
         found = product(forms, [rows], vectors)
-        # Nothing to be batched: `torch.func` takes two seconds to be imported.
+        # Two vectors are not worth importing `torch.func` for, which takes seconds.
         expected = batch_product(task, forms.parameters, "ggn", probe, vectors, note, plain=True)
     except Exception as error:  # models that cannot be copied, watched or cast fail in many ways: they go the other way
         if out_of_memory(error):
