@@ -50,10 +50,10 @@ export: $(STAMP) ## the finished matrix as json, csv or parquet: ARGS='--format 
 	$(BIN)/infl-cache export $(RUN) $(ARGS)
 
 test: $(STAMP) ## all tests, a part of the files on each core
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 faults: $(STAMP) ## the long versions of the tests of faults, with their seeds, on all cores
-	INFL_CACHE_FAULTS=long $(BIN)/python -m pytest tests/faults --numprocesses logical --maxprocesses 8 -rP --durations 5
+	INFL_CACHE_FAULTS=long $(BIN)/python -m pytest tests/faults --numprocesses logical --maxprocesses 8 -rP --durations 5 -o faulthandler_timeout=1800
 
 check: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import TensorDataset, default_collate
 
 from infl_cache.errors import BadInput
 from infl_cache.maths.digest import row_digests, sample_digest
+from infl_cache.maths.workers import items_by_workers
 
 Collate = Callable[[list[Any]], Any]
 
@@ -42,53 +43,20 @@ def fetch(dataset: Any, index: int, name: str) -> Any:
 
 def batches(
     dataset: Any, name: str, collate: Collate, groups: Iterable[Sequence[int]], device: torch.device, workers: int = 0
-) -> Iterator[Batch]:
-    """The batches whose indices are `groups`, in that order, on `device`; loaded by `workers` processes if asked."""
+) -> Generator[Batch, None, None]:
+    """The batches whose indices are `groups`, in that order, on `device`; loaded by `workers` processes if asked.
+
+    Close it where it may be left before its end: the processes end then, else when Python collects what is left.
+    """
     groups = list(groups)
     source = _Groups(dataset, name, collate)
-    loaded: Iterable[Batch]
-    if workers == 0 or len(groups) < 2:
-        loaded = map(source.__getitem__, groups)
-    else:
-        loaded = DataLoader(
-            source,
-            batch_size=None,
-            sampler=groups,
-            num_workers=min(workers, len(groups)),
-            collate_fn=_same,
-            # its own generator: the seeds of the workers are not to be drawn from the user's
-            generator=torch.Generator(),
-        )
-    try:
+    with_workers = workers > 0 and len(groups) > 1
+    items = items_by_workers(source, groups, workers) if with_workers else (source[group] for group in groups)
+    with closing(items) as loaded:
         for batch in loaded:
             if isinstance(batch, BadInput):
                 raise batch
             yield replace(batch, data=to_device(batch.data, device))
-    except (ConnectionError, EOFError) as error:  # it died while it handed over a batch
-        raise _missed(error) from error
-
-
-@contextmanager
-def workers_are_missed() -> Iterator[None]:
-    """`BadInput` if a process that loads samples is gone: torch's loader raises that wherever the program just is."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not loader_died(error):
-            raise
-        raise _missed(error) from error
-
-
-def _missed(error: Exception) -> BadInput:
-    return BadInput(
-        f"workers: a process that loads samples died ({str(error).split('.')[0]}); is there memory for so many?"
-        " With --workers 0 samples are loaded in this process; what was committed is kept"
-    )
-
-
-def loader_died(error: BaseException) -> bool:
-    """Whether torch's loader says that one of its processes is gone."""
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
 def digests_at(dataset: Any, name: str, indices: Sequence[int]) -> NDArray[np.uint64]:
@@ -123,7 +91,7 @@ class _Groups(TorchDataset[Any]):
             samples = [fetch(self.dataset, index, self.name) for index in group]
             digests = np.array([sample_digest(sample) for sample in samples], np.uint64)
             return Batch(group, _collated(self.collate, samples, self.name, group), digests, samples[0])
-        except BadInput as error:  # worker processes cannot raise through torch's loader without losing the message
+        except BadInput as error:  # a worker process hands it over like any other item
             return BadInput(str(error))
 
     def _tensors(self, group: Sequence[int]) -> list[torch.Tensor] | None:
@@ -144,10 +112,6 @@ def _collated(collate: Collate, samples: list[Any], name: str, group: Sequence[i
             f"{name}: samples {group[0]} to {group[-1]} could not be made into a batch:"
             f" {type(error).__name__}: {error}; give the task a collate="
         ) from error
-
-
-def _same(batch: Any) -> Any:
-    return batch
 
 
 def to_device(data: Any, device: torch.device) -> Any:

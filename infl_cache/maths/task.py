@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, default_collate
 from infl_cache.errors import BadInput
 from infl_cache.maths.model import by_its_own_code, called_at
 from infl_cache.maths.params import Parameters
-from infl_cache.maths.samples import Batch, loader_died
+from infl_cache.maths.samples import Batch
 
 REENTRANT = "expected checkpoints with use_reentrant=False, found use_reentrant=True;\nset it to False"
 # Functions that a task may do without.
@@ -119,7 +119,7 @@ def blaming(what: str) -> Iterator[None]:
     except BadInput:
         raise
     except Exception as error:
-        if out_of_memory(error) or loader_died(error):
+        if out_of_memory(error):
             raise
         if "use_reentrant=True" in str(error):
             raise BadInput(f"{what}: {REENTRANT}") from error

@@ -29,7 +29,11 @@ class Behind(Generic[T]):
 
     def __init__(self, work: Callable[[T], None], waiting: int = 1) -> None:
         self._work = work
-        self._items: queue.Queue[T | None] = queue.Queue(maxsize=waiting)
+        # Queue's lock is Python's: it stays locked for good if a signal raises just where it would be released.
+        self._items: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        self._places: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(waiting):
+            self._places.put(None)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="infl_cache-writer", daemon=True)
 
@@ -40,7 +44,13 @@ class Behind(Generic[T]):
     def put(self, item: T) -> None:
         """Hand over an item; waits for room, raises what `work` raised."""
         self.check()
-        self._put(item)
+        while self._thread.is_alive():
+            try:
+                self._places.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                continue
+            self._items.put(item)
+            break
         self.check()
 
     def check(self) -> None:
@@ -51,24 +61,14 @@ class Behind(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._put(None)
-        finally:
-            self._thread.join()
+        self._items.put(None)
+        self._thread.join()
         if kind is None:
             self.check()
 
-    def _put(self, item: T | None) -> None:
-        while self._thread.is_alive():
-            try:
-                self._items.put(item, timeout=POLL_SECONDS)
-                return
-            except queue.Full:
-                continue
-        self.check()
-
     def _run(self) -> None:
         while (item := self._items.get()) is not None:
+            self._places.put(None)
             try:
                 self._work(item)
             except BaseException as error:  # handed to the thread that waits for it

@@ -7,7 +7,8 @@ again (`buffers`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,8 +63,8 @@ def compute_blocks(run: Opened, forms: Forms, todo: list[Block], finished: int, 
                               filled.nonfinite, filled.bad)  # fmt: skip
             bar.advance(filled.block.rows, sum(file.size for file in files))
 
-        with Behind(write) as behind:
-            for filled in _filled_blocks(run, forms, todo, timings):
+        with Behind(write) as behind, closing(_filled_blocks(run, forms, todo, timings)) as blocks:
+            for filled in blocks:
                 if filled.bad and run.options.influence.nonfinite == "stop":
                     raise BadInput(
                         f"gradients: expected finite numbers, found NaN or Inf at train samples {some(filled.bad)};"
@@ -79,7 +80,9 @@ def compute_blocks(run: Opened, forms: Forms, todo: list[Block], finished: int, 
         timings.seconds[name] += seconds
 
 
-def _filled_blocks(run: Opened, forms: Forms, todo: Sequence[Block], timings: Timings) -> Iterator[_Filled]:
+def _filled_blocks(
+    run: Opened, forms: Forms, todo: Sequence[Block], timings: Timings
+) -> Generator[_Filled, None, None]:
     """The arrays of each block, filled micro-batch by micro-batch; a micro-batch never crosses a block."""
     stored = run.folder.array_layouts("grads")
     dtype = run.folder.manifest.stages["grads"]["identity"]["dtype"]
@@ -87,39 +90,42 @@ def _filled_blocks(run: Opened, forms: Forms, todo: Sequence[Block], timings: Ti
     # Encoded before it is handed on, a block leaves its buffer free for the next one.
     count = 1 if run.device.type == "cpu" else min(BUFFERS, len(todo))
     buffers = [BlockBuffer(stored, rows, run.device) for _ in range(count)]
-    captured = _captured(run, forms, todo, timings)
-    for number, block in enumerate(todo):
-        buffer = buffers[number % len(buffers)]
-        filled = 0
-        while filled < block.rows:
-            batch, found = next(captured)
-            at = slice(filled, filled + len(batch.indices))
+    with closing(_captured(run, forms, todo, timings)) as captured:
+        for number, block in enumerate(todo):
+            buffer = buffers[number % len(buffers)]
+            filled = 0
+            while filled < block.rows:
+                batch, found = next(captured)
+                at = slice(filled, filled + len(batch.indices))
+                with timings.of("copy"):
+                    arrays = {"loss": found.loss, "target": found.target}
+                    if found.factors or found.dense.shape[1]:
+                        arrays.update(arrays_of(forms, found, dtype))
+                    buffer.fill(at, arrays, batch.digests)
+                filled = at.stop
             with timings.of("copy"):
-                arrays = {"loss": found.loss, "target": found.target}
-                if found.factors or found.dense.shape[1]:
-                    arrays.update(arrays_of(forms, found, dtype))
-                buffer.fill(at, arrays, batch.digests)
-            filled = at.stop
-        with timings.of("copy"):
-            buffer.wait()
-            bad, nonfinite = buffer.nonfinite(block.rows)
-        digest = block_digest(buffer.digests[: block.rows])
-        yield _Filled(block, digest, buffer.arrays(block.rows), [block.start + row for row in bad], nonfinite)
+                buffer.wait()
+                bad, nonfinite = buffer.nonfinite(block.rows)
+            digest = block_digest(buffer.digests[: block.rows])
+            yield _Filled(block, digest, buffer.arrays(block.rows), [block.start + row for row in bad], nonfinite)
 
 
-def _captured(run: Opened, forms: Forms, todo: Sequence[Block], timings: Timings) -> Iterator[tuple[Batch, Captured]]:
+def _captured(
+    run: Opened, forms: Forms, todo: Sequence[Block], timings: Timings
+) -> Generator[tuple[Batch, Captured], None, None]:
     """Every micro-batch of the given blocks and its gradients; out of memory, it goes on with half the batch."""
     size = batch_size(run, forms)
     left = [range(block.start, block.stop) for block in todo]
     while left:
         groups = [group for rows in left for group in groups_of(rows.start, rows.stop, size)]
-        loaded = batches(run.task.train, "train", run.task.collate, groups, run.device, run.options.resources.workers)
+        workers = run.options.resources.workers
         try:
-            for batch in timings.each("load", loaded):
-                with timings.of("compute"):
-                    found = _gradients(run, forms, batch)
-                yield batch, found
-                left = _without(left, len(batch.indices))
+            with closing(batches(run.task.train, "train", run.task.collate, groups, run.device, workers)) as loaded:
+                for batch in timings.each("load", loaded):
+                    with timings.of("compute"):
+                        found = _gradients(run, forms, batch)
+                    yield batch, found
+                    left = _without(left, len(batch.indices))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if size == 1 or not out_of_memory(error):
                 raise

@@ -29,7 +29,7 @@ from infl_cache.maths.frozen import Frozen, frozen
 from infl_cache.maths.model import unwrapped
 from infl_cache.maths.params import Parameters, select
 from infl_cache.maths.probe import check_data
-from infl_cache.maths.samples import spread, workers_are_missed
+from infl_cache.maths.samples import spread
 from infl_cache.maths.task import Task, evaluating
 from infl_cache.stages.selection import check_selection, remember_tests
 
@@ -89,8 +89,7 @@ def looked_at(folder: RunFolder, task: Task, options: Options) -> Iterator[Opene
 def opened(folder: RunFolder, task: Task, options: Options) -> Iterator[Opened]:
     """`looked_at`, with the folder locked and signals caught; all of it is undone on leaving."""
     with (
-        workers_are_missed(), looked_at(folder, task, options) as run, folder.writing(), stop_between_blocks() as check,
-        freed_memory_kept(),
+        looked_at(folder, task, options) as run, folder.writing(), stop_between_blocks() as check, freed_memory_kept(),
     ):  # fmt: skip
         remember_tests(folder)
         if not folder.manifest.stages and _is_frozen(run.task):

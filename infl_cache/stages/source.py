@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 
 import numpy as np
@@ -132,18 +132,19 @@ def _from_model(run: Opened, forms: Forms, wide: torch.dtype) -> Read:
         expected = store.read_block(block, ["digest"])["digest"]
         groups = groups_of(block.start, block.stop, size)
         parts, dense = [], []
-        loaded = batches(run.task.train, "train", run.task.collate, groups, run.device, run.options.resources.workers)
-        for batch in loaded:
-            at = slice(batch.indices[0] - block.start, batch.indices[-1] + 1 - block.start)
-            differing = np.flatnonzero(expected[at] != batch.digests)
-            if len(differing):
-                raise ForeignRun(
-                    f"train[{batch.indices[int(differing[0])]}]: expected the sample that stage 1 saw, found another;"
-                    " use another --run, or start over with infl-cache grads --force"
-                )
-            captured = capture(run.task, forms, batch)
-            parts.append(captured.factors)
-            dense.append(captured.dense.to(wide))
+        workers = run.options.resources.workers
+        with closing(batches(run.task.train, "train", run.task.collate, groups, run.device, workers)) as loaded:
+            for batch in loaded:
+                at = slice(batch.indices[0] - block.start, batch.indices[-1] + 1 - block.start)
+                differing = np.flatnonzero(expected[at] != batch.digests)
+                if len(differing):
+                    raise ForeignRun(
+                        f"train[{batch.indices[int(differing[0])]}]: expected the sample that stage 1 saw, found"
+                        " another; use another --run, or start over with infl-cache grads --force"
+                    )
+                captured = capture(run.task, forms, batch)
+                parts.append(captured.factors)
+                dense.append(captured.dense.to(wide))
         factors = {
             layer.key: tuple(torch.cat([part[layer.key][which] for part in parts]) for which in (0, 1))
             for layer in forms.factored

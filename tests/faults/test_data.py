@@ -1,6 +1,5 @@
 """What user's data and code may do: draw anew, raise, die, run out of memory, give NaN; and what becomes of the run."""
 
-import contextlib
 import os
 import random
 
@@ -15,7 +14,6 @@ from infl_cache.__main__ import main
 from infl_cache.disk.run import RunFolder
 from infl_cache.errors import BadInput, ForeignRun, InflCacheError
 from infl_cache.maths.frozen import Frozen
-from infl_cache.stages import opening
 from tests.faults import times
 from tests.faults.data import N_TEST, N_TRAIN, Listed, changed, contents, die, loss, small_task
 
@@ -209,20 +207,6 @@ def test_an_exception_of_the_users_code_is_one_message_with_sample_and_traceback
     calm = Run(tmp_path / "calm", small_task(), **OPTIONS)
     calm.all()
     np.testing.assert_array_equal(run.scores(), calm.scores())
-
-
-# A loader that is thrown away while its process dies says so where nobody can catch it.
-def test_a_worker_whose_death_is_noticed_only_on_the_way_out_is_said_as_well(tmp_path, monkeypatch):
-    @contextlib.contextmanager
-    def left_late():
-        try:
-            yield
-        finally:
-            raise RuntimeError("DataLoader worker (pid 17) exited unexpectedly with exit code 3.")
-
-    monkeypatch.setattr(opening, "freed_memory_kept", left_late)
-    with pytest.raises(BadInput, match="a process that loads samples died"):
-        Run(tmp_path / "run", small_task(), **OPTIONS).grads()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

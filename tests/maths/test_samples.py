@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,3 +104,11 @@ def test_digests_of_some_samples_are_those_of_each(plain):
     data = TensorDataset(normal(9, 40), labels(9))
     found = digests_at(data if plain else Samples(list(data)), "train", [7, 0, 3])
     assert found.tolist() == [sample_digest(data[index]) for index in (7, 0, 3)]
+
+
+def test_processes_end_with_the_last_batch_that_is_asked_for():
+    loaded = batches(Samples(pairs(60)), "train", default_collate, groups_of(0, 60, 1), CPU, 2)
+    next(loaded)
+    assert len(multiprocessing.active_children()) == 2
+    loaded.close()
+    assert not multiprocessing.active_children()

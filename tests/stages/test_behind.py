@@ -1,5 +1,7 @@
 """Work in a thread behind the loop: in order, bounded, errors at once, nothing lost on leaving."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -107,3 +109,28 @@ def test_a_blocked_put_is_released_when_the_work_fails():
     with pytest.raises(RuntimeError, match="broken"):
         loop()
     assert time.perf_counter() - started < 3
+
+
+# A second Ctrl-C raises wherever the main thread just is.
+STORM = """
+import random, signal
+from infl_cache.stages.behind import Behind
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+moments = random.Random(0)
+for _ in range(300):
+    try:
+        with Behind(lambda item: None) as behind:
+            signal.setitimer(signal.ITIMER_REAL, moments.uniform(5e-5, 6e-4))
+            while True:
+                behind.put(0)
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+def test_an_exception_of_a_signal_at_any_moment_leaves_nothing_locked():
+    subprocess.run([sys.executable, "-c", STORM], check=True, timeout=60)

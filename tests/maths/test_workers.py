@@ -1,0 +1,163 @@
+"""Items made by processes: in order, and whatever becomes of a process it is said, never waited for."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from torch import multiprocessing
+
+from infl_cache import BadInput
+from infl_cache.maths import workers
+from infl_cache.maths.workers import items_by_workers
+
+
+class Doubled:
+    """Twice the numbers of a group, as a tensor; `meanwhile(group)` is called in the process that makes it."""
+
+    def __init__(self, meanwhile=lambda group: None):
+        self.meanwhile = meanwhile
+
+    def __getitem__(self, group):
+        self.meanwhile(group)
+        return 2 * torch.tensor(group)
+
+
+def groups_of(count):
+    return [[number, number + 1] for number in range(count)]
+
+
+def taken(source, groups, count=2, between=lambda number: None):
+    """All items as lists; `between` is called after each."""
+    found = []
+    for item in items_by_workers(source, groups, count):
+        found.append(item.tolist())
+        between(len(found))
+    return found
+
+
+def ends(process):
+    """Whether it ends soon."""
+    return process in psutil.wait_procs([process], timeout=20)[0] or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_items_come_in_the_order_of_their_groups(count):
+    groups = groups_of(7)
+    assert taken(Doubled(), groups, count) == [[2 * number for number in group] for group in groups]
+    assert not multiprocessing.active_children()
+
+
+def test_each_process_has_one_item_ready_and_another_made(tmp_path):
+    made = []
+
+    def between(number):
+        time.sleep(0.1)
+        made.append(len(list(tmp_path.iterdir())) - number)
+
+    taken(Doubled(lambda group: (tmp_path / str(group[0])).touch()), groups_of(12), between=between)
+    # The next of this process is handed over, the one after it made, by the other process as well.
+    assert made[0] in (3, 4)
+    assert max(made) <= 4
+    assert made[-1] == 0
+
+
+@pytest.mark.parametrize("which", [[0], [1], [0, 1]])
+def test_a_death_is_said_when_the_next_item_of_it_is_asked_for(which):
+    def kill(number):
+        if number == 1:
+            for child in [multiprocessing.active_children()[one] for one in which]:
+                os.kill(child.pid, signal.SIGKILL)
+            time.sleep(0.2)
+
+    with pytest.raises(BadInput, match=r"a process that loads samples died.*signal 9.*--workers 0"):
+        taken(Doubled(), groups_of(5000), between=kill)
+    assert not multiprocessing.active_children()
+
+
+def test_an_exit_is_said_with_its_code():
+    with pytest.raises(BadInput, match=r"died.*exit code 3"):
+        taken(Doubled(lambda group: group[0] == 4 and os._exit(3)), groups_of(9))
+
+
+def test_deaths_at_any_moment_are_said_and_never_waited_for():
+    moments, said = random.Random(0), 0
+    for _ in range(60):
+        at = time.perf_counter() + moments.uniform(0, 0.01)
+
+        def kill(number, at=at):
+            if time.perf_counter() > at:
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGKILL)
+
+        with pytest.raises(BadInput, match="workers: "):
+            taken(Doubled(), groups_of(5000), between=kill)
+        said += 1
+    assert said == 60
+
+
+def test_an_item_that_cannot_be_handed_over_is_said():
+    class Unpicklable:
+        def __getitem__(self, group):
+            return lambda: group
+
+    [item] = items_by_workers(Unpicklable(), [[0]], 1)
+    assert isinstance(item, BadInput)
+    assert "cannot be handed over" in str(item)
+
+
+def test_left_early_the_processes_end(monkeypatch):
+    monkeypatch.setattr(workers, "LEAVE_SECONDS", 0.3)
+    items = items_by_workers(Doubled(lambda group: time.sleep(100 if group[0] == 3 else 0)), groups_of(9), 2)
+    next(items)
+    assert len(multiprocessing.active_children()) == 2
+    time.sleep(0.1)
+    started = time.perf_counter()
+    items.close()
+    assert time.perf_counter() - started < 5
+    assert not multiprocessing.active_children()
+
+
+def test_a_ctrl_c_is_left_to_whoever_started_them():
+    def interrupt(number):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGINT)
+
+    assert len(taken(Doubled(), groups_of(6), between=interrupt)) == 6
+
+
+def test_loading_draws_nothing_from_the_random_generators():
+    before = torch.get_rng_state(), random.getstate()
+    taken(Doubled(), groups_of(6))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+ORPHANS = """
+import sys, time
+from torch import multiprocessing
+from infl_cache.maths.workers import items_by_workers
+
+class Source:
+    def __getitem__(self, group):
+        return [0] * 100_000
+
+items = items_by_workers(Source(), [[number] for number in range(1000)], 3)
+next(items)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(100)
+"""
+
+
+def test_the_processes_of_a_killed_process_end_with_it():
+    parent = subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True)
+    children = [psutil.Process(int(number)) for number in parent.stdout.readline().split()]
+    assert len(children) == 3
+    parent.kill()
+    parent.communicate(timeout=20)
+    assert all(ends(child) for child in children)
