@@ -19,7 +19,7 @@ from infl_cache.errors import BadInput
 
 # What a process may still work on once nobody waits for it.
 LEAVE_SECONDS = 5.0
-REMEDY = "with --workers 0 samples are loaded in this process; what was committed is kept"
+REMEDY = "With --workers 0 samples are loaded in this process; what was committed is kept"
 
 
 class Source(Protocol):
@@ -55,7 +55,11 @@ def items_by_workers(source: Source, groups: Sequence[Sequence[int]], workers: i
 def _start(source: Source, groups: Sequence[Sequence[int]], others: list[Any]) -> _Worker:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.Process(target=_serve, args=(source, groups, theirs, [*others, ours]), daemon=True)
-    process.start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the process is ready for it
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()  # from now on the process alone has that end: it closes when the process ends
     return _Worker(process, ours)
 
@@ -64,6 +68,7 @@ def _serve(source: Source, groups: Sequence[Sequence[int]], pipe: Any, others: l
     """In the process: hand over each item; end when nobody takes them any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started us decides what a Ctrl-C means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     torch.set_num_threads(1)  # the threads of a forked process are gone, and other processes have the other cores
     for other in others:
         other.close()
@@ -83,7 +88,7 @@ def _hand_over(pipe: Any, item: Any) -> None:
     except ConnectionError:
         raise
     except Exception as error:
-        pipe.send(BadInput(f"workers: an item cannot be handed over by a process ({error}); {REMEDY}"))
+        pipe.send(BadInput(f"workers: an item cannot be handed over by a process ({error}). {REMEDY}"))
 
 
 def _next_item(worker: _Worker) -> Any:
@@ -96,11 +101,13 @@ def _next_item(worker: _Worker) -> Any:
         worker.process.join(1)
         code = worker.process.exitcode
         if code is None:
-            said = f"an item could not be taken from a process that loads samples ({error})"
-        else:
-            end = f"signal {-code}" if code < 0 else f"exit code {code}"
-            said = f"a process that loads samples died ({end}); is there memory for so many?"
-        raise BadInput(f"workers: {said}; {REMEDY}") from error
+            raise BadInput(
+                f"workers: an item could not be taken from a process that loads samples ({error}). {REMEDY}"
+            ) from error
+        end = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise BadInput(
+            f"workers: a process that loads samples died ({end}); is there memory for so many? {REMEDY}"
+        ) from error
 
 
 def _end(started: list[_Worker]) -> None:

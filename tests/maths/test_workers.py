@@ -128,7 +128,8 @@ def test_a_ctrl_c_is_left_to_whoever_started_them():
         for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGINT)
 
-    assert len(taken(Doubled(), groups_of(6), between=interrupt)) == 6
+    for _ in range(20):
+        assert len(taken(Doubled(), groups_of(6), 3, between=interrupt)) == 6
 
 
 def test_loading_draws_nothing_from_the_random_generators():
