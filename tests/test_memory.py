@@ -11,7 +11,8 @@ from torch import nn
 from infl_cache import Run, Task
 
 BUDGET = 50_000_000
-ALLOWANCE = 500_000_000
+# Of which Python and PyTorch alone take 240 MB.
+ALLOWANCE = {"grads": 400_000_000, "stest": 400_000_000, "influence": 300_000_000}
 N_TRAIN, N_TEST, WIDTH = 525, 6, 1000
 
 
@@ -54,9 +55,9 @@ def peak_of(path, stage):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc to see a peak")
 def test_every_stage_keeps_to_its_budget_over_ten_times_as_large_a_store(tmp_path):
-    peaks = {stage: peak_of(tmp_path / "run", stage) for stage in ("grads", "stest", "influence")}
+    peaks = {stage: peak_of(tmp_path / "run", stage) for stage in ALLOWANCE}
     rows = 4 * N_TRAIN * (250 * WIDTH + 250)
     print({stage: f"{peak / 1e6:.0f} MB" for stage, peak in peaks.items()}, f"rows {rows / 1e6:.0f} MB")
     assert rows >= 10 * BUDGET
     assert Run(tmp_path / "run").folder.store("grads").layouts["dense"].shape == (N_TRAIN, 250 * WIDTH + 250)
-    assert {stage: peak for stage, peak in peaks.items() if peak > BUDGET + ALLOWANCE} == {}
+    assert {stage: peak for stage, peak in peaks.items() if peak > BUDGET + ALLOWANCE[stage]} == {}
