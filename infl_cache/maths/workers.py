@@ -8,6 +8,7 @@ tells of the death by a signal, whose exception comes wherever the main thread j
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -41,7 +42,7 @@ def items_by_workers(source: Source, groups: Sequence[Sequence[int]], workers: i
 
     Raises `BadInput` if a process dies, or if an item cannot be handed over.
     """
-    count = min(workers, len(groups))
+    count, here = min(workers, len(groups)), os.getpid()
     started: list[_Worker] = []
     try:
         for number in range(count):
@@ -49,7 +50,8 @@ def items_by_workers(source: Source, groups: Sequence[Sequence[int]], workers: i
         for number in range(len(groups)):
             yield _next_item(started[number % count])
     finally:
-        _end(started)
+        if os.getpid() == here:  # not in a process that was forked meanwhile and collects its copy
+            _end(started)
 
 
 def _start(source: Source, groups: Sequence[Sequence[int]], others: list[Any]) -> _Worker:

@@ -123,6 +123,21 @@ def test_left_early_the_processes_end(monkeypatch):
     assert not multiprocessing.active_children()
 
 
+def test_a_copy_of_them_in_a_forked_process_ends_nothing():
+    items = items_by_workers(Doubled(), groups_of(6), 2)
+    found = [next(items)]
+    child = os.fork()
+    if child == 0:
+        try:
+            items.close()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    found.extend(items)
+    assert len(found) == 6
+
+
 def test_a_ctrl_c_is_left_to_whoever_started_them():
     def interrupt(number):
         for child in multiprocessing.active_children():
