@@ -1,9 +1,11 @@
-"""What all tests share: one thread for each process, and the longest files first."""
+"""What all tests share: one thread for each process, the same seeds, and the longest files first."""
 
 import builtins
 import os
+import random
 import tempfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +23,13 @@ LONGEST = (
     "test_readme.py", "test_kills.py", "test_memory.py", "test_compare_solvers.py", "test_bench_stest.py",
     "test_bench_grads.py",
 )  # fmt: skip
+
+
+def pytest_runtest_setup():
+    """Whichever tests ran before in this process, a model that is made anew has the same weights."""
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
 
 
 def pytest_collection_modifyitems(items):
