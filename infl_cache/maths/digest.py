@@ -212,8 +212,9 @@ def _feed(hasher: Any, value: Any, inside: tuple[int, ...] = ()) -> None:
         return
     within = (*inside, id(value))
     if isinstance(value, Tensor):
-        dense = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        hasher.update(f"T{value.dtype}{tuple(value.shape)}".encode())
+        kind = "" if value.layout == torch.strided else str(value.layout)
+        dense = (value.detach().to_dense() if kind else value.detach()).cpu().resolve_conj().resolve_neg().contiguous()
+        hasher.update(f"T{value.dtype}{tuple(value.shape)}{kind}".encode())
         hasher.update(_condensed(dense.reshape(1, -1).view(torch.uint8).numpy()).data if dense.numel() else b"")
     elif isinstance(value, np.ndarray) and value.dtype != object:
         hasher.update(f"A{value.dtype.str}{value.shape}".encode())

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import TensorDataset, default_collate
 
 from infl_cache.errors import BadInput
@@ -49,8 +48,8 @@ def batches(
     Close it where it may be left before its end: the processes end then, else when Python collects what is left.
     """
     groups = list(groups)
-    source = _Groups(dataset, name, collate)
     with_workers = workers > 0 and len(groups) > 1
+    source = _Groups(dataset, name, collate, to_hand_over=with_workers)
     items = items_by_workers(source, groups, workers) if with_workers else (source[group] for group in groups)
     with closing(items) as loaded:
         for batch in loaded:
@@ -75,13 +74,19 @@ def plain_tensors(dataset: Any) -> Sequence[torch.Tensor] | None:
     return found
 
 
-class _Groups(TorchDataset[Any]):
-    """A dataset of whole batches, indexed by groups of sample indices."""
+class _Groups:
+    """Whole batches, indexed by groups of sample indices; `to_hand_over` makes their tensors their own."""
 
-    def __init__(self, dataset: Any, name: str, collate: Collate) -> None:
-        self.dataset, self.name, self.collate = dataset, name, collate
+    def __init__(self, dataset: Any, name: str, collate: Collate, to_hand_over: bool = False) -> None:
+        self.dataset, self.name, self.collate, self.to_hand_over = dataset, name, collate, to_hand_over
 
     def __getitem__(self, group: Sequence[int]) -> Any:
+        batch = self._batch(group)
+        if not self.to_hand_over or isinstance(batch, BadInput):
+            return batch
+        return replace(batch, data=_own(batch.data), first=_own(batch.first))
+
+    def _batch(self, group: Sequence[int]) -> Any:
         tensors = self._tensors(group)
         if tensors is not None:
             # In-place writes of a model must not reach the data set: the rows are copied.
@@ -112,6 +117,17 @@ def _collated(collate: Collate, samples: list[Any], name: str, group: Sequence[i
             f"{name}: samples {group[0]} to {group[-1]} could not be made into a batch:"
             f" {type(error).__name__}: {error}; give the task a collate="
         ) from error
+
+
+def _own(data: Any) -> Any:
+    """Copies of all tensors in `data`, dense ones as plain numbers.
+
+    What another process is given moves to shared memory as it lies: a view with all that it is a view of, what a
+    `collate` fills again and again so that it changes there as well, a conjugate without being one.
+    """
+    return torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda t: t.detach().clone().resolve_conj().resolve_neg().requires_grad_(t.requires_grad), data
+    )
 
 
 def to_device(data: Any, device: torch.device) -> Any:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
+import traceback
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,8 +20,11 @@ from torch import multiprocessing
 
 from infl_cache.errors import BadInput
 
-# What a process may still work on once nobody waits for it.
+# What processes may still work on, all together, once nobody waits for them.
 LEAVE_SECONDS = 5.0
+# How often it is looked whether one is still there: another process may have inherited its end of the pipe.
+LOOK_SECONDS = 1.0
+TAKEN, LEAVE = "taken", "leave"
 REMEDY = "With --workers 0 samples are loaded in this process; what was committed is kept"
 
 
@@ -38,9 +43,11 @@ def items_by_workers(source: Source, groups: Sequence[Sequence[int]], workers: i
     """`source[group]` of each group, in order, made by at most `workers` processes.
 
     Each makes every `workers`-th item; one waits to be taken while it makes another. They end with the generator: close
-    it where it may be left early. An item is handed over as torch does, its tensors in shared memory.
+    it where it may be left early. An item is handed over as torch does, its tensors moved to shared memory: they must
+    be the item's own. The processes start with copies of this one's random generators.
 
-    Raises `BadInput` if a process dies, or if an item cannot be handed over.
+    In place of an item that cannot be made or handed over comes a `BadInput`; one is raised if a process does not
+    start or dies, or if an item cannot be taken.
     """
     count, here = min(workers, len(groups)), os.getpid()
     started: list[_Worker] = []
@@ -55,11 +62,15 @@ def items_by_workers(source: Source, groups: Sequence[Sequence[int]], workers: i
 
 
 def _start(source: Source, groups: Sequence[Sequence[int]], others: list[Any]) -> _Worker:
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=_serve, args=(source, groups, theirs, [*others, ours]), daemon=True)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the process is ready for it
     try:
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.Process(target=_serve, args=(source, groups, theirs, [*others, ours]), daemon=True)
         process.start()
+    except Exception as error:
+        raise BadInput(
+            f"workers: process {len(others) + 1} could not be started ({error}); fewer --workers, or 0"
+        ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()  # from now on the process alone has that end: it closes when the process ends
@@ -76,12 +87,20 @@ def _serve(source: Source, groups: Sequence[Sequence[int]], pipe: Any, others: l
         other.close()
     with contextlib.suppress(EOFError, ConnectionError):
         for number, group in enumerate(groups):
-            item = source[group]
-            if number:
-                pipe.recv()  # the one before was taken
+            item = _made(source, group)
+            if number and pipe.recv() == LEAVE:
+                return
             _hand_over(pipe, item)
-        while True:  # what is in shared memory can be had as long as we live
-            pipe.recv()
+        while pipe.recv() != LEAVE:  # what is in shared memory can be had as long as we live
+            pass
+
+
+def _made(source: Source, group: Sequence[int]) -> Any:
+    try:
+        return source[group]
+    except Exception as error:
+        lines = traceback.format_exc(limit=-3).rstrip()
+        return BadInput(f"workers: samples {list(group)[:3]}... raised {type(error).__name__}: {error}\n{lines}")
 
 
 def _hand_over(pipe: Any, item: Any) -> None:
@@ -94,30 +113,45 @@ def _hand_over(pipe: Any, item: Any) -> None:
 
 
 def _next_item(worker: _Worker) -> Any:
+    process, pipe = worker
     try:
-        item = worker.pipe.recv()
-        with contextlib.suppress(ConnectionError):  # if it has died since, the next item is missed
-            worker.pipe.send(None)
-        return item
-    except (EOFError, OSError) as error:
-        worker.process.join(1)
-        code = worker.process.exitcode
-        if code is None:
-            raise BadInput(
-                f"workers: an item could not be taken from a process that loads samples ({error}). {REMEDY}"
-            ) from error
-        end = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise BadInput(
-            f"workers: a process that loads samples died ({end}); is there memory for so many? {REMEDY}"
-        ) from error
+        while not pipe.poll(LOOK_SECONDS):
+            if not process.is_alive() and not pipe.poll():
+                raise EOFError
+        item = pipe.recv()
+    except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
+        if isinstance(error, EOFError | ConnectionError):
+            process.join(LOOK_SECONDS)
+        raise _missed(process.exitcode, error) from error
+    with contextlib.suppress(ConnectionError):  # if it has died since, the next item is missed
+        pipe.send(TAKEN)
+    return item
+
+
+def _missed(code: int | None, error: Exception) -> BadInput:
+    if code is None:
+        return BadInput(
+            f"workers: an item could not be taken from a process that loads samples ({type(error).__name__}: {error});"
+            f" are as many open files allowed (ulimit -n)? {REMEDY}"
+        )
+    end = f"signal {-code}; is there memory for so many?" if code < 0 else f"exit code {code}"
+    return BadInput(f"workers: a process that loads samples died ({end}). {REMEDY}")
 
 
 def _end(started: list[_Worker]) -> None:
+    deadline = time.monotonic() + LEAVE_SECONDS
     for worker in started:
+        with contextlib.suppress(OSError):
+            worker.pipe.send(LEAVE)
         worker.pipe.close()
     for worker in started:
-        worker.process.join(LEAVE_SECONDS)
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+    for worker in started:
         if worker.process.exitcode is None:
             worker.process.kill()
-            worker.process.join()
-        worker.process.close()
+    for worker in started:
+        worker.process.join()
+        with contextlib.suppress(ValueError):  # somebody else has taken its exit code: it is thought to run
+            worker.process.close()

@@ -312,3 +312,10 @@ def test_a_function_goes_by_its_text():
     assert code_digest(first) != code_digest(second)
     assert code_digest(None) == "default"
     assert code_digest(len) == code_digest(len) != code_digest(sum)
+
+
+def test_sparse_tensors_go_by_their_numbers_and_their_kind():
+    dense = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+    made_of_two = torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.5, 0.5], (2, 2))
+    assert sample_digest(dense.to_sparse()) == sample_digest(made_of_two)
+    assert len({sample_digest(each) for each in (dense, dense.to_sparse(), (2 * dense).to_sparse())}) == 3

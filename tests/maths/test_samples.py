@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 
 import pytest
 import torch
@@ -112,3 +113,58 @@ def test_processes_end_with_the_last_batch_that_is_asked_for():
     assert len(multiprocessing.active_children()) == 2
     loaded.close()
     assert not multiprocessing.active_children()
+
+
+class Reused:
+    """It collates into the same tensor each time."""
+
+    def __init__(self):
+        self.room = torch.zeros(2, 2)
+
+    def __call__(self, samples):
+        for place, (numbers, _) in enumerate(samples):
+            self.room[place] = numbers
+        return self.room
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_collate_that_fills_the_same_tensor_again_gives_each_batch_its_numbers(workers):
+    found = []
+    for batch in batches(Samples(pairs(12)), "train", Reused(), groups_of(0, 12, 2), CPU, workers):
+        time.sleep(0.05)
+        found += batch.data[:, 0].tolist()
+    assert found == [float(number) for number in range(12)]
+
+
+def test_conjugates_and_parts_of_large_tensors_are_handed_over_as_what_they_are():
+    whole = torch.zeros(1000, 1000)
+    data = Samples(
+        [(torch.complex(torch.tensor([1.0]), torch.tensor([2.0])).conj(), whole[index]) for index in (0, 1, 2)]
+    )
+    found = list(batches(data, "train", lambda samples: samples[0], groups_of(0, 3, 1), CPU, 2))
+    for batch in found:
+        assert batch.data[0].tolist() == [1 - 2j]
+        assert batch.data[1].untyped_storage().nbytes() == 4000
+        assert batch.first[1].untyped_storage().nbytes() == 4000
+
+
+ODD = {
+    "sparse": lambda t: t.to_sparse(), "sparse rows": lambda t: t.to_sparse_csr(), "bool": lambda t: t > 1,
+    "nothing": lambda t: t[:0], "requiring a gradient": lambda t: t.requires_grad_(), "array": lambda t: t.numpy(),
+    "text": str,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("made", ODD.values(), ids=ODD)
+def test_odd_kinds_of_samples_are_the_same_with_processes(made):
+    def kept(batch):
+        data = batch.data
+        return (type(data), str(data), getattr(data, "requires_grad", None), batch.digests.tolist())
+
+    data = Samples([made(torch.arange(4.0).reshape(2, 2)) for _ in range(4)])
+    first, second = (
+        [kept(batch) for batch in batches(data, "train", lambda rows: rows[0], groups_of(0, 4, 2), CPU, workers)]
+        for workers in (0, 2)
+    )
+    assert first == second

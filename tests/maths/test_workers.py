@@ -113,14 +113,104 @@ def test_an_item_that_cannot_be_handed_over_is_said():
 
 def test_left_early_the_processes_end(monkeypatch):
     monkeypatch.setattr(workers, "LEAVE_SECONDS", 0.3)
-    items = items_by_workers(Doubled(lambda group: time.sleep(100 if group[0] == 3 else 0)), groups_of(9), 2)
+    # All but the first wait for good at their second item: they are waited for together.
+    items = items_by_workers(Doubled(lambda group: time.sleep(100 if 5 < group[0] < 20 else 0)), groups_of(40), 5)
     next(items)
-    assert len(multiprocessing.active_children()) == 2
+    assert len(multiprocessing.active_children()) == 5
     time.sleep(0.1)
     started = time.perf_counter()
     items.close()
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 1.2
     assert not multiprocessing.active_children()
+
+
+def test_what_cannot_be_taken_is_said():
+    class Odd(Exception):
+        def __init__(self, one, two):
+            super().__init__(one)
+
+    Odd.__qualname__ = "Odd"
+    globals()["Odd"] = Odd
+
+    class Gives:
+        def __getitem__(self, group):
+            return Odd(1, 2)
+
+    with pytest.raises(BadInput, match=r"could not be taken.*TypeError.*--workers 0"):
+        list(items_by_workers(Gives(), [[0], [1]], 2))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError, ZeroDivisionError])
+def test_an_exception_of_the_source_is_handed_over_with_its_traceback(error):
+    def fail(group):
+        raise error("the source's own")
+
+    [item] = items_by_workers(Doubled(fail), [[7]], 1)
+    assert isinstance(item, BadInput)
+    assert f"{error.__name__}: the source's own" in str(item)
+    assert "Traceback" in str(item)
+
+
+def test_a_process_that_cannot_be_started_is_said_and_the_others_end(monkeypatch):
+    start = workers._start
+
+    class Full:
+        def __init__(self, **given):
+            raise BlockingIOError("no more processes")
+
+    def second_fails(source, groups, others):
+        if others:
+            monkeypatch.setattr(multiprocessing, "Process", Full)
+        return start(source, groups, others)
+
+    monkeypatch.setattr(workers, "_start", second_fails)
+    with pytest.raises(BadInput, match=r"process 2 could not be started.*no more processes"):
+        taken(Doubled(), groups_of(6))
+    assert not multiprocessing.active_children()
+
+
+def test_processes_end_at_once_though_others_have_inherited_their_pipes():
+    first, second = (items_by_workers(Doubled(), groups_of(40), 2) for _ in range(2))
+    next(first), next(second)
+    started = time.perf_counter()
+    first.close()
+    second.close()
+    assert time.perf_counter() - started < 2
+    assert not multiprocessing.active_children()
+
+
+def fork_a_child_and_die(group):
+    if group[0] == 4:
+        if os.fork() == 0:
+            time.sleep(15)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_death_is_said_though_a_child_of_the_process_lives():
+    started = time.perf_counter()
+    with pytest.raises(BadInput, match=r"died.*signal 9"):
+        taken(Doubled(fork_a_child_and_die), groups_of(9))
+    assert time.perf_counter() - started < 10
+
+
+IGNORED = """
+import signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+from infl_cache.maths.workers import items_by_workers
+
+class Source:
+    def __getitem__(self, group):
+        return group
+
+print(list(items_by_workers(Source(), [[number] for number in range(6)], 2)))
+"""
+
+
+def test_ended_children_that_the_system_forgets_at_once_are_no_error():
+    done = subprocess.run([sys.executable, "-c", IGNORED], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[[0], [1], [2], [3], [4], [5]]\n", "")
 
 
 def test_a_copy_of_them_in_a_forked_process_ends_nothing():
