@@ -314,6 +314,7 @@ def test_a_function_goes_by_its_text():
     assert code_digest(len) == code_digest(len) != code_digest(sum)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
 def test_sparse_tensors_go_by_their_numbers_and_their_kind():
     dense = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
     made_of_two = torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.5, 0.5], (2, 2))
