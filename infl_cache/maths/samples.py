@@ -84,7 +84,8 @@ class _Groups:
         batch = self._batch(group)
         if not self.to_hand_over or isinstance(batch, BadInput):
             return batch
-        return replace(batch, data=_own(batch.data), first=_own(batch.first))
+        data = batch.data if self.collate is default_collate else _own(batch.data)  # whose tensors are new ones
+        return replace(batch, data=data, first=_own(batch.first))
 
     def _batch(self, group: Sequence[int]) -> Any:
         tensors = self._tensors(group)

@@ -168,3 +168,14 @@ def test_odd_kinds_of_samples_are_the_same_with_processes(made):
         for workers in (0, 2)
     )
     assert first == second
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_batches_of_conjugates_are_the_same_with_processes(plain):
+    data = TensorDataset(torch.complex(normal(8, 3), normal(8, 3)).conj())
+    given = data if plain else Samples(list(data))
+    first, second = (
+        [(batch.data[0].tolist(), batch.first[0].tolist(), batch.digests.tolist()) for batch in found]
+        for found in (batches(given, "train", default_collate, groups_of(0, 8, 3), CPU, workers) for workers in (0, 2))
+    )
+    assert first == second
