@@ -182,6 +182,7 @@ def test_processes_end_at_once_though_others_have_inherited_their_pipes():
 
 def fork_a_child_and_die(group):
     if group[0] == 4:
+        time.sleep(1)  # until its tensors were taken, which are to be had of itself alone
         if os.fork() == 0:
             time.sleep(15)
             os._exit(0)
