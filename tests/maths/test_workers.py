@@ -57,14 +57,15 @@ def test_each_process_has_one_item_ready_and_another_made(tmp_path):
     made = []
 
     def between(number):
-        time.sleep(0.1)
+        # The next of this process is handed over, the one after it made, by the other process as well.
+        wanted, until = min(12, number + 4), time.perf_counter() + 20
+        while len(list(tmp_path.iterdir())) < wanted and time.perf_counter() < until:
+            time.sleep(0.01)
+        time.sleep(0.05)
         made.append(len(list(tmp_path.iterdir())) - number)
 
     taken(Doubled(lambda group: (tmp_path / str(group[0])).touch()), groups_of(12), between=between)
-    # The next of this process is handed over, the one after it made, by the other process as well.
-    assert made[0] in (3, 4)
-    assert max(made) <= 4
-    assert made[-1] == 0
+    assert made == [4] * 8 + [3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("which", [[0], [1], [0, 1]])
@@ -112,7 +113,7 @@ def test_an_item_that_cannot_be_handed_over_is_said():
 
 
 def test_left_early_the_processes_end(monkeypatch):
-    monkeypatch.setattr(workers, "LEAVE_SECONDS", 0.3)
+    monkeypatch.setattr(workers, "LEAVE_SECONDS", 1.0)
     # All but the first wait for good at their second item: they are waited for together.
     items = items_by_workers(Doubled(lambda group: time.sleep(100 if 5 < group[0] < 20 else 0)), groups_of(40), 5)
     next(items)
@@ -120,7 +121,7 @@ def test_left_early_the_processes_end(monkeypatch):
     time.sleep(0.1)
     started = time.perf_counter()
     items.close()
-    assert time.perf_counter() - started < 1.2
+    assert time.perf_counter() - started < 3.5
     assert not multiprocessing.active_children()
 
 
@@ -176,7 +177,7 @@ def test_processes_end_at_once_though_others_have_inherited_their_pipes():
     started = time.perf_counter()
     first.close()
     second.close()
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 4
     assert not multiprocessing.active_children()
 
 
