@@ -3,6 +3,9 @@
 A process that is killed, by the system when memory runs short, say, may hold a lock or have half a message written at
 that moment. Where processes share a queue, as those of torch's loader do, the others then wait for good; and torch
 tells of the death by a signal, whose exception comes wherever the main thread just is. Here it is the end of a pipe.
+
+What is left: tensors are asked for through a socket of the process that made them. Where it dies before an item of its
+was taken, and has forked a child that lives on, that socket is still open, and is waited for until the child ends.
 """
 
 from __future__ import annotations
@@ -100,7 +103,7 @@ def _made(source: Source, group: Sequence[int]) -> Any:
         return source[group]
     except Exception as error:
         lines = traceback.format_exc(limit=-3).rstrip()
-        return BadInput(f"workers: samples {list(group)[:3]}... raised {type(error).__name__}: {error}\n{lines}")
+        return BadInput(f"workers: samples {group[0]} to {group[-1]} raised {type(error).__name__}: {error}\n{lines}")
 
 
 def _hand_over(pipe: Any, item: Any) -> None:
@@ -119,9 +122,9 @@ def _next_item(worker: _Worker) -> Any:
             if not process.is_alive() and not pipe.poll():
                 raise EOFError
         item = pipe.recv()
+    except MemoryError:  # as in the process itself: whoever asked goes on with fewer samples
+        raise
     except Exception as error:
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise
         if isinstance(error, EOFError | ConnectionError):
             process.join(LOOK_SECONDS)
         raise _missed(process.exitcode, error) from error

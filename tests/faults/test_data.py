@@ -209,7 +209,6 @@ def test_an_exception_of_the_users_code_is_one_message_with_sample_and_traceback
     np.testing.assert_array_equal(run.scores(), calm.scores())
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("place", [0, 13, N_TRAIN - 1][: times(2, 3)])
 def test_a_worker_process_that_dies_is_said_and_the_run_goes_on_without(place, tmp_path):
     task = small_task(train=changed(small_task().train, at={place: die}))
